@@ -1,0 +1,93 @@
+"""leantune: fine-tune transformers with less memory, time and parameters.
+
+Importing this package makes LaMDA known to PEFT and costs milliseconds: every public name below is loaded
+on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from leantune._imports import after_import
+from leantune._version import __version__
+
+if TYPE_CHECKING:
+    from leantune.errors import UserError
+    from leantune.lamda import (
+        LamdaConfig,
+        LamdaFreezing,
+        LamdaModel,
+        freeze_columns,
+        frozen_columns,
+        lamda_to_lora,
+        save_as_lora,
+    )
+    from leantune.measure import saved_activation_bytes
+    from leantune.recipes import Recipe
+    from leantune.run import evaluate, export, load, predict, train
+    from leantune.tokentune import TokenTuneConfig, TokenTuneState, chosen_tokens, token_tune
+
+_HOME = {
+    "UserError": "leantune.errors",
+    "LamdaConfig": "leantune.lamda",
+    "LamdaModel": "leantune.lamda",
+    "LamdaFreezing": "leantune.lamda",
+    "freeze_columns": "leantune.lamda",
+    "frozen_columns": "leantune.lamda",
+    "lamda_to_lora": "leantune.lamda",
+    "save_as_lora": "leantune.lamda",
+    "TokenTuneConfig": "leantune.tokentune",
+    "TokenTuneState": "leantune.tokentune",
+    "token_tune": "leantune.tokentune",
+    "chosen_tokens": "leantune.tokentune",
+    "saved_activation_bytes": "leantune.measure",
+    "Recipe": "leantune.recipes",
+    "train": "leantune.run",
+    "evaluate": "leantune.run",
+    "predict": "leantune.run",
+    "export": "leantune.run",
+    "load": "leantune.run",
+}
+
+__all__ = [
+    "LamdaConfig",
+    "LamdaFreezing",
+    "LamdaModel",
+    "Recipe",
+    "TokenTuneConfig",
+    "TokenTuneState",
+    "UserError",
+    "__version__",
+    "chosen_tokens",
+    "evaluate",
+    "export",
+    "freeze_columns",
+    "frozen_columns",
+    "lamda_to_lora",
+    "load",
+    "predict",
+    "save_as_lora",
+    "saved_activation_bytes",
+    "token_tune",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'leantune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register_peft_methods() -> None:
+    importlib.import_module("leantune.lamda")
+
+
+after_import("peft", _register_peft_methods)

@@ -1,0 +1,28 @@
+"""LaMDA: adapters that train in r dimensions, as a PEFT method. See README.md in this folder.
+
+Importing this package makes the method known to PEFT (`import leantune` sees to it).
+"""
+
+from __future__ import annotations
+
+from peft.utils import register_peft_method
+
+from leantune.lamda.config import LamdaConfig
+from leantune.lamda.export import lamda_to_lora, save_as_lora
+from leantune.lamda.freezing import LamdaFreezing, freeze_columns, frozen_columns, frozen_share
+from leantune.lamda.model import LamdaModel
+from leantune.peft_types import add_peft_type
+
+__all__ = [
+    "LamdaConfig",
+    "LamdaFreezing",
+    "LamdaModel",
+    "freeze_columns",
+    "frozen_columns",
+    "frozen_share",
+    "lamda_to_lora",
+    "save_as_lora",
+]
+
+add_peft_type("LAMDA")
+register_peft_method(name="lamda", config_cls=LamdaConfig, model_cls=LamdaModel, prefix="lamda_")

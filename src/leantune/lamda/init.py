@@ -1,0 +1,119 @@
+"""Where the fixed factors A, S0 and B0 of a LaMDA adapter come from: the spectrum of the weight."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leantune.lamda.config import LamdaConfig
+
+# Below this size a full SVD costs less than a second or so and is exact.
+_FULL_SVD_SIDE = 256
+# Extra directions sampled by the randomised SVD; the usual choice, makes the last of the r vectors good.
+_OVERSAMPLE = 8
+
+
+class Factors(NamedTuple):
+    """The fixed part of one adapted layer: float32, columns of B0 and rows of A in the order of freezing."""
+
+    A: Tensor  # (r, d_in)
+    S0: Tensor  # (r,): the diagonal
+    B0: Tensor  # (d_out, r)
+
+
+def initial_factors(weight: Tensor, r: int, config: LamdaConfig) -> Factors:
+    """Compute A, S0 and B0 of one layer; METHODS 1, "Initialisation".
+
+    The result depends on the weight, the rank and the config alone: the global random state is neither
+    read nor moved.
+
+    Args:
+        weight: (d_out, d_in), any floating dtype. It is not changed.
+        r: Rank, at most min(d_out, d_in).
+        config: `init`, `init_scale`, `freeze_order`, `svd_seed` and `svd_iterations` are read.
+
+    Returns:
+        `Factors`, contiguous and in float32 (float64 if the weight is), on the weight's device.
+    """
+    W = weight.detach()
+    W = W if W.dtype == torch.float64 else W.float()
+    with torch.no_grad(), _seeded(config.svd_seed, W.device):
+        if config.init == "smallest":
+            U, sigma, V = _smallest(W, r)
+        else:
+            needs_spectrum = config.init == "svd" or config.init_scale != "identity"
+            U, sigma, V = (
+                _largest(W, r, config.svd_iterations) if needs_spectrum else (W[:, :0], W[0, :0], W[:0].T)
+            )
+            if config.init != "svd":
+                U, V = _random(W, r, orthonormal=config.init == "orthogonal")
+        S0 = _scaled(sigma, r, config.init_scale, W)
+        if config.freeze_order == "smallest":
+            U, S0, V = U.flip(1), S0.flip(0), V.flip(1)
+        # The SVD returns column-major matrices; a copy read back from a file is row-major, and matrix
+        # products of the two differ in the last bit. Row-major from the beginning.
+        return Factors(A=V.T.contiguous(), S0=S0.contiguous(), B0=U.contiguous())
+
+
+def _largest(W: Tensor, r: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets: U (d_out, r), sigma (r,), V (d_in, r)."""
+    side = min(W.shape)
+    if side <= _FULL_SVD_SIDE or r + _OVERSAMPLE >= side:
+        U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+        return _signed(U[:, :r], sigma[:r], Vh[:r].T)
+    U, sigma, V = torch.svd_lowrank(W, q=r + _OVERSAMPLE, niter=iterations)
+    return _signed(U[:, :r], sigma[:r], V[:, :r])
+
+
+def _smallest(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The r last singular triplets, in descending order."""
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    return _signed(U[:, -r:], sigma[-r:], Vh[-r:].T)
+
+
+def _signed(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fix the signs, which an SVD leaves open: the largest entry of each right vector is positive."""
+    at = V.abs().argmax(dim=0, keepdim=True)  # (1, r)
+    sign = torch.where(V.gather(0, at) < 0, -1.0, 1.0).to(V.dtype)
+    return U * sign, sigma, V * sign
+
+
+def _random(W: Tensor, r: int, *, orthonormal: bool) -> tuple[Tensor, Tensor]:
+    """Random U (d_out, r) and V (d_in, r) whose columns have length 1 (in the mean, if not orthonormal)."""
+    d_out, d_in = W.shape
+    U = torch.randn(d_out, r, dtype=W.dtype, device=W.device)
+    V = torch.randn(d_in, r, dtype=W.dtype, device=W.device)
+    if orthonormal:
+        return torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]
+    return U / d_out**0.5, V / d_in**0.5
+
+
+def _scaled(sigma: Tensor, r: int, scale: str, W: Tensor) -> Tensor:
+    if scale == "identity":
+        return torch.ones(r, dtype=W.dtype, device=W.device)
+    if scale == "spectrum":
+        return sigma
+    mean = sigma.mean()
+    # A weight of zeros (a freshly initialised gate, for example) has no spectrum to speak of.
+    return torch.where(
+        mean > 0, sigma / mean.clamp_min(torch.finfo(sigma.dtype).tiny), torch.ones_like(sigma)
+    )
+
+
+class _seeded:  # noqa: N801 - used like a function
+    """`torch.random.fork_rng` for one device, seeded inside."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        accelerator = device.type not in ("cpu", "meta")
+        devices = [device] if accelerator else []
+        self.seed = seed
+        self.fork = torch.random.fork_rng(devices=devices, device_type=device.type if accelerator else "cuda")
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self.fork.__exit__(*error)

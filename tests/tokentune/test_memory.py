@@ -1,0 +1,68 @@
+"""What autograd keeps: the issue's thresholds, which are the same number on every machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from leantune.measure import saved_activation_bytes
+from leantune.tokentune import TokenTuneConfig, token_tune
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing.*:FutureWarning")
+
+
+def llama(kv_heads: int = 8, layers: int = 8, width: int = 512) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.randint(0, 32000, (2, 512), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def ratio(model: nn.Module, keep: float) -> float:
+    ordinary = saved_activation_bytes(model, batch())
+    token_tune(model, TokenTuneConfig(keep))
+    chosen = saved_activation_bytes(model, batch())
+    token_tune(model, None)
+    return chosen / ordinary
+
+
+@pytest.mark.parametrize(("keep", "most"), [(0.2, 0.30), (0.1, 0.20)])
+def test_full_fine_tuning(keep: float, most: float) -> None:
+    assert ratio(llama(), keep) <= most
+
+
+def test_under_lora() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=8, target_modules="all-linear"))
+    assert ratio(model, 0.2) <= 0.30
+
+
+def test_grouped_query_attention_keeps_no_expanded_keys() -> None:
+    assert ratio(llama(kv_heads=2), 0.2) <= 0.24
+
+
+def test_with_gradient_checkpointing_on_both_sides() -> None:
+    model = llama()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert ratio(model, 0.3) <= 0.35
+
+
+def test_logits_shrink_with_the_choice() -> None:
+    model = llama(layers=1, width=64)
+    assert ratio(model, 0.1) <= 0.15

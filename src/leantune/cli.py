@@ -1,0 +1,232 @@
+"""The command line: thin, and quick to start. Each command imports what takes time to import."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leantune.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="leantune",
+    help="Fine-tune transformers with less memory, time and parameters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: the user's mistakes become one clear line and exit code 2, a stop becomes 130 or 143."""
+    try:
+        app()
+    except UserError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _complain("stopped")
+        sys.exit(130)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        print(f"leantune: {line}", file=sys.stderr)  # noqa: T201
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """Keep the libraries' own chatter out of the output; `typer` still sees the command's signature."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        import logging
+        import os
+        import warnings
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.filterwarnings("ignore")
+        for name in ("transformers", "peft", "accelerate", "datasets", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        command(*args, **kwargs)
+
+    return run
+
+
+@app.command()
+@_quiet
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Change keys, e.g. train.epochs=1.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune; writes the run folder."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    from leantune.recipes import Recipe
+
+    loaded = Recipe.load(recipe, *(overrides or []))
+    from rich.console import Console
+
+    from leantune.run import Interrupted
+    from leantune.run import train as run_recipe
+
+    try:
+        run = run_recipe(loaded, resume=resume, overwrite=overwrite, console=Console(stderr=as_json))
+    except Interrupted as stopped:
+        _complain(str(stopped))
+        sys.exit(143 if stopped.signal_number == signal.SIGTERM else 130)
+    if as_json:
+        _print_json(run.metrics)
+    else:
+        _show_run(run.folder, run.metrics, loaded.model.task)
+
+
+def _show_run(folder: Path, metrics: dict[str, Any], task: str) -> None:
+    from leantune.report import metrics_table, predictions_table, summary_table
+
+    console = _console()
+    predictions = folder / "predictions.jsonl"
+    if predictions.is_file():
+        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        console.print(predictions_table(rows, task=task))
+    console.print(summary_table(metrics))
+    console.print(metrics_table(metrics["evaluation"]))
+    console.print(f"Run folder: {folder}   page: {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+@_quiet
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Option(help="Other data with the same columns.")] = None,
+    split: Annotated[str | None, typer.Option(help="One split; default: validation and test.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Metrics of a run on labelled data."""
+    from leantune.run import evaluate as evaluate_run
+
+    found = evaluate_run(run, data, split)
+    if as_json:
+        _print_json(found)
+    else:
+        from leantune.report import metrics_table
+
+        _console().print(metrics_table(found))
+
+
+@app.command()
+@_quiet
+def predict(
+    run: RunArgument,
+    text: Annotated[str | None, typer.Argument(help="One input.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The second text, for a run on pairs.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A text a line, or .jsonl with the data's columns.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Labels, numbers or generated text."""
+    if (text is None) == (file is None):
+        raise UserError("give one TEXT, or --file F")
+    from leantune.run.loading import open_run
+    from leantune.run.prediction import predict_with, read_inputs, typed_input
+
+    loaded = open_run(run)
+    typed = (text or "") if pair is None else (text or "", pair)
+    inputs = read_inputs(file, loaded) if file is not None else [typed_input(loaded, typed)]
+    for said in predict_with(loaded, inputs):
+        if as_json:
+            typer.echo(json.dumps(said.to_dict(), ensure_ascii=False))
+        elif said.score is not None:
+            typer.echo(f"{said.predicted}\t{said.score:.3f}" + (f"\t{said.input}" if file else ""))
+        else:
+            typer.echo(f"{said.predicted}" + (f"\t{said.input}" if file else ""))
+
+
+@app.command()
+@_quiet
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="lora | merged | pruned")],
+    out: Annotated[str, typer.Option(help="The new folder.")],
+) -> None:
+    """A plain PEFT LoRA or a merged checkpoint; compared with the run before it says done."""
+    from leantune.run import export as export_run
+
+    done = export_run(run, to, out)
+    difference = f"largest difference {done.max_abs_difference:.1e}"
+    typer.echo(f"{done.folder}: {done.kind}, outputs equal to the run's ({difference})")
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """What there is and what it can do."""
+    from leantune.methods import METHODS
+    from leantune.report.capabilities import capability_table
+
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json([asdict(method) for method in METHODS])
+    else:
+        _console().print(capability_table(METHODS))
+
+
+@app.command()
+@_quiet
+def doctor(as_json: JsonOption = False) -> None:
+    """The environment: versions, hardware, what is missing."""
+    from leantune.run.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(
+            {check.name: {"ok": check.ok, "found": check.found, "advice": check.advice} for check in found}
+        )
+        return
+    from leantune.report.capabilities import doctor_table
+
+    _console().print(doctor_table(found))
+
+
+@app.command(name="recipe-schema")
+def recipe_schema() -> None:
+    """JSON schema of a recipe, for editors."""
+    from leantune.recipes import Recipe
+
+    _print_json(Recipe.model_json_schema())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What watches a training run: the log, the progress bar, the stop signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from leantune.run.folder import write_text
+
+SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+
+
+class RunLog(TrainerCallback):
+    """`log.jsonl`: one line a training step, one line an evaluation."""
+
+    def __init__(self, file: Path, extra: Callable[[], dict[str, float]] = dict) -> None:
+        self.file = file
+        self.extra = extra
+        self._began = 0.0
+        self._seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop lines from after the checkpoint that this run resumes from."""
+        write_text(self.file, "".join(_upto(self.file, state.global_step)))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock (with gradient accumulation a step is the whole of it)."""
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        self._seconds = time.perf_counter() - self._began
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a training step's line."""
+        if not logs or "loss" not in logs:
+            return
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
+        line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        line["step_seconds"] = round(self._seconds, 6)
+        self._write(line | self.extra())
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write an evaluation's line."""
+        if not metrics:
+            return
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
+        self._write(line | {"evaluation": "validation"} | plain_metrics(metrics, "eval"))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The log's lines as plain data."""
+    return [json.loads(line) for line in _upto(file, None)]
+
+
+def _upto(file: Path, step: int | None) -> Iterator[str]:
+    """Whole lines up to a step; a line that a crash cut short is left out."""
+    if not file.is_file() or step == 0:
+        return
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            at = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step is None or at <= step:
+            yield line
+
+
+def plain_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Trainer's metrics without the prefix and without its timings."""
+    return {
+        key.removeprefix(f"{prefix}_"): float(value)
+        for key, value in metrics.items()
+        if key.startswith(f"{prefix}_") and not key.endswith(SECONDARY)
+    }
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with steps, loss and time left; drawn on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self.console, self.what = console, what
+        self.bar: Progress | None = None
+        self.row: TaskID | None = None
+        self.loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the bar."""
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.bar.start()
+        self.row = self.bar.add_task(self.what, total=state.max_steps, completed=state.global_step, loss="")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bar."""
+        if not logs or "loss" not in logs:
+            return
+        value = float(logs["loss"])
+        self.loss = value if self.loss is None else 0.95 * self.loss + 0.05 * value
+        if self.bar is not None and self.row is not None:
+            self.bar.update(self.row, completed=state.global_step, loss=f"loss {self.loss:.3f}")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where the run is, for those who read a log file."""
+        if self.bar is None and self.loss is not None:
+            done = f"{self.what}: step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{done}, epoch {state.epoch:.2f}, loss {self.loss:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished bar standing."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, the signals are ours (in the main thread; elsewhere nothing changes)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Trainer takes a stop for an epoch's end: no evaluation, whose draws no other run would see."""
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_evaluate = False
+            control.should_save = False

@@ -1,0 +1,111 @@
+"""What `metrics.json` says of a run (DESIGN.md, "Run folder": its keys are stable)."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+
+from leantune._version import __version__
+from leantune.recipes import Recipe
+from leantune.run.callbacks import read_log
+from leantune.run.folder import RunFolder
+
+WARM_UP_STEPS = 5
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters by kind.
+
+    Returns:
+        `total` (of the base and its head; adapters left out), `trainable`, and `head`: the trainable part
+        that is a task head, trained by every method alike.
+    """
+    adapted = hasattr(model, "peft_config")
+    total = trainable = head = 0
+    for name, parameter in model.named_parameters():
+        in_head = "modules_to_save" in name or (not adapted and name.split(".")[0] in SEQ_CLS_HEAD_NAMES)
+        adapter = adapted and parameter.requires_grad and not in_head
+        if not adapter and "original_module" not in name:
+            total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+            head += parameter.numel() if in_head else 0
+    return {"total": total, "trainable": trainable, "head": head}
+
+
+def collect_metrics(
+    recipe: Recipe,
+    folder: RunFolder,
+    model: nn.Module,
+    evaluation: dict[str, dict[str, float]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything measured, under DESIGN's keys.
+
+    Args:
+        recipe: The run's.
+        folder: The run's, with its weights and log.
+        model: The model as it was loaded again.
+        evaluation: Split → metric → value.
+        facts: What training measured: parameter counts, saved bytes, peak, tokens, steps.
+    """
+    seconds = [line["step_seconds"] for line in read_log(folder.log_file) if "step_seconds" in line]
+    spent = sum(seconds)
+    counts, peak = facts["parameters"], facts["peak"]
+    return {
+        "model": recipe.model.path,
+        "method": recipe.method,
+        "seed": recipe.train.seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "parameters": {
+            "total": counts["total"],
+            "trainable_start": counts["trainable"],
+            "trainable_end": facts["trainable_end"],
+            "head": counts["head"],
+            "base_removed_fraction": 0.0,
+        },
+        "memory": {
+            "saved_activation_bytes": facts["saved_activation_bytes"],
+            "peak_bytes": peak.bytes,
+            "peak_kind": peak.kind,
+        },
+        "speed": {
+            "step_seconds_median": statistics.median(seconds[WARM_UP_STEPS:] or seconds) if seconds else None,
+            "tokens_per_second": round(facts["tokens_seen"] / spent, 1) if spent else None,
+            "train_seconds": round(spent, 3),
+            "estimate_seconds": 0.0,
+        },
+        "evaluation": evaluation,
+        "adapter_bytes": sum(file.stat().st_size for file in folder.saved_weights().glob("*.safetensors")),
+        "steps": facts["steps"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    found = {"leantune": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine in a few words: nothing that names a person or a host."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }

@@ -1,0 +1,131 @@
+"""From the recipe's `lean` to a model with its methods attached: the one place where they are put together.
+
+Methods do not know of each other. Order: the adapter, then token selection around the adapted model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from leantune.errors import UserError
+from leantune.lamda import LamdaConfig, LamdaFreezing, frozen_share
+from leantune.recipes import LamdaRecipe, LoraRecipe, Recipe
+from leantune.tokentune import TokenTuneConfig, TokenTuneState, set_token_state, token_state, token_tune
+
+
+def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
+    return LamdaConfig(
+        r=recipe.r,
+        lamda_alpha=recipe.alpha,
+        lamda_dropout=recipe.dropout,
+        init=recipe.init,
+        init_scale=recipe.init_scale,
+        init_b=recipe.init_b,
+        freeze_ratio=recipe.freeze_ratio,
+        freeze_order=recipe.freeze_order,
+        **common,
+    )
+
+
+def _lora(recipe: LoraRecipe, common: dict[str, Any]) -> PeftConfig:
+    alpha = recipe.alpha if recipe.alpha is not None else 2 * recipe.r
+    return LoraConfig(r=recipe.r, lora_alpha=alpha, lora_dropout=recipe.dropout, **common)  # type: ignore[arg-type]
+
+
+# Adapter type → (recipe → PEFT config, callbacks that its training needs).
+ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback], ...]]] = {
+    "lamda": (_lamda, (LamdaFreezing,)),
+    "lora": (_lora, ()),
+}
+
+
+def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
+    """Attach the recipe's methods; a model for full fine-tuning comes back as it is.
+
+    Args:
+        model: The base model with its head.
+        recipe: The whole recipe.
+        task_type: PEFT's task type: it keeps the head of a classifier trainable and saved.
+
+    Raises:
+        UserError: No layer matches, the adapter does not fit a layer, or token selection cannot work on
+            this model.
+    """
+    return _with_tokens(_with_adapter(model, recipe, task_type), recipe)
+
+
+def _with_tokens(model: nn.Module, recipe: Recipe) -> nn.Module:
+    tokens = recipe.lean.tokens
+    if tokens is None:
+        return model
+    config = TokenTuneConfig(keep=tokens.keep, strategy=tokens.strategy, seed=recipe.train.seed)
+    try:
+        return token_tune(model, config)
+    except UserError as error:
+        raise UserError(f"lean.tokens: {error}") from None
+
+
+def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
+    adapter = recipe.lean.adapter
+    if adapter.type == "none":
+        return model
+    make, _ = ADAPTERS[adapter.type]
+    common = {
+        "target_modules": adapter.target_modules,
+        "exclude_modules": adapter.exclude_modules,
+        "task_type": task_type,
+    }
+    try:
+        return get_peft_model(model, make(adapter, common))
+    except ValueError as error:
+        reason = str(error).strip().split("\n")[0]
+        if "arget modules" in reason or "target_modules" in reason:
+            raise UserError(
+                f"lean.adapter.target_modules = {adapter.target_modules!r}: matches no layer of the model "
+                f"(its layers: {', '.join(linear_names(model))})"
+            ) from None
+        raise UserError(f"lean.adapter: {reason}") from None
+
+
+def callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    """What the recipe's methods need called while they are trained."""
+    kind = recipe.lean.adapter.type
+    needed = [make() for make in ADAPTERS[kind][1]] if kind in ADAPTERS else []
+    return needed + ([TokenTuneState()] if recipe.lean.tokens is not None else [])
+
+
+@contextmanager
+def undisturbed(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Forward passes in here leave the methods' own state (which tokens come next) as it was."""
+    state = token_state(model) if recipe.lean.tokens is not None else None
+    yield
+    if state is not None:
+        set_token_state(model, state)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear layers, each once."""
+    layers = (name.rpartition(".")[2] for name, module in model.named_modules() if _linear(module))
+    return list(dict.fromkeys(layers))
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapter is attached (no: the model itself is trained)."""
+    return isinstance(model, PeftModel)
+
+
+def progress_facts(model: nn.Module) -> dict[str, float]:
+    """What a line of `log.jsonl` says of the adapter beside the loss: the share of B that is frozen."""
+    share = frozen_share(model)
+    return {} if share is None else {"frozen_columns": round(share, 6)}

@@ -1,0 +1,83 @@
+"""Open a finished run: base + adapter (or its own full weights), with its tokenizer, ready to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from leantune.errors import UserError
+from leantune.recipes import Recipe
+from leantune.run.folder import RunFolder
+from leantune.run.models import load_base
+from leantune.run.tasks import Task, make_task
+
+
+@dataclass
+class LoadedRun:
+    """Everything that evaluating, predicting and exporting need."""
+
+    folder: RunFolder
+    recipe: Recipe
+    task: Task
+    config: PretrainedConfig
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(run: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a finished run.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        (model in evaluation mode, on the GPU where there is one; tokenizer). The model is a `PeftModel`, or
+        a plain transformers model after full fine-tuning.
+
+    Raises:
+        UserError: The folder holds no finished run, or its base model is not to be had.
+    """
+    loaded = open_run(run)
+    return loaded.model, loaded.tokenizer
+
+
+def open_run(run: str | Path | RunFolder) -> LoadedRun:
+    """As `load`, with the recipe and the task."""
+    folder = run if isinstance(run, RunFolder) else RunFolder.existing(run)
+    recipe = folder.recipe()
+    weights = folder.saved_weights()
+    config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+    task = make_task(recipe, config)
+    model: nn.Module
+    if weights == folder.model:
+        model = load_base(recipe.model, task.auto_class, config, source=str(weights))
+    else:
+        model = attach_saved(base_for_run(recipe, task, config), weights)
+    tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+    model = cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return LoadedRun(folder, recipe, task, config, model.eval(), tokenizer)
+
+
+def base_for_run(recipe: Recipe, task: Task, config: PretrainedConfig) -> PreTrainedModel:
+    """The run's base model with its head's shape; the head's weights come with the adapter."""
+    with torch.random.fork_rng(devices=[]):
+        return load_base(recipe.model, task.auto_class, config)
+
+
+def attach_saved(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Raises:
+        UserError: The adapter's files are damaged or do not fit the base.
+    """
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:  # safetensors, JSON, shape errors: to a person they mean the same
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from error

@@ -1,0 +1,219 @@
+"""One run, from recipe to report. Data flows one way:
+
+recipe → data and model → adapter → training → run folder → evaluation of what was saved → report
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
+
+from leantune.measure import PeakMemory, saved_activation_bytes
+from leantune.recipes import Recipe
+from leantune.report import write_report
+from leantune.run import lean
+from leantune.run.callbacks import ProgressBar, RunLog, StopOnSignal
+from leantune.run.checkpoints import newest_complete
+from leantune.run.data import open_splits
+from leantune.run.evaluation import evaluate_split
+from leantune.run.facts import collect_metrics, count_parameters
+from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
+from leantune.run.loading import open_run
+from leantune.run.models import load_base, load_config, load_tokenizer
+from leantune.run.prediction import sample_predictions
+from leantune.run.tasks import Task, make_task
+from leantune.run.tasks.base import effective_max_length
+from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
+
+SAMPLED_PREDICTIONS = 12
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
+    """A run was stopped by a signal; its checkpoint is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, Any]
+
+
+@dataclass
+class _Prepared:
+    """What is known before the run folder is touched."""
+
+    splits: DatasetDict
+    task: Task
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    encoded: dict[str, Dataset]
+    model: nn.Module
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Run:
+    """Fine-tune as the recipe says and leave a complete run folder.
+
+    Args:
+        recipe: From `Recipe.load`.
+        resume: Go on from the newest complete checkpoint in the run folder.
+        overwrite: Replace a run that lies in the folder.
+        console: Where progress is shown; default: standard error.
+
+    Returns:
+        The finished run, with what `metrics.json` holds. Every metric is of the weights as they lie on disk,
+        loaded again.
+
+    Raises:
+        UserError: Recipe, data or folder do not allow it; nothing was written then.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved and `resume=True` goes on.
+    """
+    console = console or Console(stderr=True)
+    folder = RunFolder(recipe.output)
+    folder.check_free(recipe, resume, overwrite)
+    finished = folder.metrics() if resume else None
+    if finished is not None:
+        console.print(f"{folder.path}: this run is finished already")
+        return Run(folder.path, recipe, finished)
+    prepared = _prepare(recipe, console)
+    checkpoint = _checkpoint(folder, console) if resume else None
+    folder.begin(recipe, overwrite)
+    facts = _fit(recipe, folder, prepared, checkpoint, console)
+    splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
+    metrics = _finish(recipe, folder, splits, facts, console)
+    return Run(folder.path, recipe, metrics)
+
+
+def _prepare(recipe: Recipe, console: Console) -> _Prepared:
+    """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    splits = open_splits(recipe.data, recipe.train.seed)
+    task = make_task(recipe)
+    for name in task.without_labels(splits):
+        console.print(f"the {name} split has no labels: it is left out")
+        del splits[name]
+    changes = task.fit(splits)
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model, pad_token_id=tokenizer.pad_token_id, **changes)
+    length = effective_max_length(recipe, config, tokenizer)
+    encoded = {
+        name: task.encode(split, tokenizer, length, f"the {name} split") for name, split in splits.items()
+    }
+    training_arguments(recipe, Path("unused"), "validation" in splits)
+    set_seed(recipe.train.seed)
+    model = lean.attach(load_base(recipe.model, task.auto_class, config), recipe, task.peft_task_type)
+    return _Prepared(splits, task, config, tokenizer, encoded, model)
+
+
+def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
+    checkpoint, skipped = newest_complete(folder.checkpoints)
+    for line in skipped:
+        console.print(line)
+    console.print(
+        f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting anew"
+    )
+    return checkpoint
+
+
+def _fit(
+    recipe: Recipe, folder: RunFolder, prepared: _Prepared, checkpoint: Path | None, console: Console
+) -> dict[str, Any]:
+    """Train, and save the result. Returns what was measured on the way."""
+    model, stop = prepared.model, StopOnSignal()
+    progress = ProgressBar(console, recipe.method)
+    log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
+    trainer = build_trainer(
+        model,
+        training_arguments(recipe, folder.checkpoints, "validation" in prepared.encoded),
+        prepared.task,
+        prepared.tokenizer,
+        prepared.task.collator(prepared.tokenizer),
+        [*lean.callbacks(recipe), log, progress, stop],
+        train=prepared.encoded["train"],
+        validation=prepared.encoded.get("validation"),
+    )
+    facts: dict[str, Any] = {
+        "parameters": count_parameters(model),
+        "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
+    }
+    try:
+        with stop.listening(), PeakMemory(trainer.args.device) as peak:
+            set_seed(recipe.train.seed)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        again = shlex.join(["leantune", "train", str(folder.recipe_file), "--resume"])
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step}; go on with: {again}", stop.received
+        )
+    facts |= {
+        "trainable_end": count_parameters(model)["trainable"],
+        "peak": peak,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "steps": trainer.state.global_step,
+    }
+    _save(folder, prepared, trainer)
+    return facts
+
+
+def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
+    """Bytes kept by one step on the first rows of the train split: the same rows for every method."""
+    rows = train.select(range(min(trainer.args.per_device_train_batch_size, len(train))))
+    batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
+    enable_checkpointing(trainer)
+    model = cast(nn.Module, trainer.model)
+    with trainer.compute_loss_context_manager(), lean.undisturbed(model, recipe):
+        return saved_activation_bytes(model, batch)
+
+
+def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:
+    """The trained weights, with the config (label names) and tokenizer that make them usable."""
+    full = not lean.is_adapted(prepared.model)
+    with whole_folder(folder.model if full else folder.adapter) as place:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place)
+        prepared.config.save_pretrained(place)
+        prepared.tokenizer.save_pretrained(place)
+
+
+def _finish(
+    recipe: Recipe, folder: RunFolder, splits: DatasetDict, facts: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Load what was saved, evaluate it, and write metrics, predictions and report."""
+    loaded = open_run(folder)
+    evaluation = {}
+    for name in ("validation", "test"):
+        if name in splits:
+            console.print(f"evaluating on the {name} split ({len(splits[name]):,} rows)")
+            began = time.perf_counter()
+            evaluation[name] = evaluate_split(loaded, splits[name], name)
+            facts[f"{name}_seconds"] = time.perf_counter() - began
+    sampled = next((splits[name] for name in ("test", "validation") if name in splits), None)
+    if sampled is not None:
+        rows = sample_predictions(loaded, sampled, SAMPLED_PREDICTIONS)
+        write_predictions(folder, [row.to_dict() for row in rows])
+    metrics = collect_metrics(recipe, folder, loaded.model, evaluation, facts)
+    write_json(folder.metrics_file, metrics)
+    write_report(folder.path)
+    return metrics
+
+
+def write_predictions(folder: RunFolder, rows: list[dict[str, Any]]) -> None:
+    """The sample of predictions, one JSON object a line."""
+    write_text(folder.predictions_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

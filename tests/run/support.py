@@ -1,0 +1,48 @@
+"""Recipes for the tests of runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from leantune.recipes import Recipe
+from leantune.recipes.loading import validate
+
+# One row a method: every test of runs goes through all of them.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lamda": {"adapter": {"type": "lamda", "r": 4}},
+    "lora": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}},
+    "full": {"adapter": {"type": "none"}},
+    "tokentune": {"adapter": {"type": "none"}, "tokens": {"keep": 0.5}},
+    "lamda+tokentune": {"adapter": {"type": "lamda", "r": 4}, "tokens": {"keep": 0.5}},
+    "lora+tokentune": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "tokens": {"keep": 4}},
+}
+
+
+def recipe(
+    base: Path, rows: Path, output: Path, lean: dict[str, Any] | None = None, **changes: Any
+) -> Recipe:
+    """A classification run of 12 steps; `changes` are whole groups to update, e.g. `train={"epochs": 1}`."""
+    groups: dict[str, Any] = {
+        "model": {"path": str(base), "task": "classification"},
+        "data": {"path": str(rows)},
+        "lean": lean or SETTINGS["lamda"],
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 5e-3},
+    }
+    for name, group in changes.items():
+        groups[name] = {**groups[name], **group}
+    return validate({**groups, "output": str(output)}, "test")
+
+
+def quiet() -> Console:
+    """A console that keeps what is printed."""
+    return Console(file=io.StringIO(), width=200)
+
+
+def printed(console: Console) -> str:
+    """What a `quiet` console was told."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()

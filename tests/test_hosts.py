@@ -1,0 +1,59 @@
+"""Private names of the hosts that `run` relies on: a release that moves one fails here, by name."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+@pytest.mark.parametrize("name", ["_get_output_dir", "_save_checkpoint", "_get_train_sampler", "_prepare_inputs"])
+def test_trainer_has(name: str) -> None:
+    assert callable(getattr(Trainer, name))
+
+
+def test_checkpoints_are_written_where_get_output_dir_says() -> None:
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert "self._get_output_dir(" in source and "checkpoint_folder" in source
+
+
+def test_samplers_can_be_seeded() -> None:
+    assert "generator" in inspect.signature(LengthGroupedSampler.__init__).parameters
+
+
+def test_training_arguments_have_what_recipes_set() -> None:
+    fields = TrainingArguments.__dataclass_fields__
+    for name in ("include_num_input_tokens_seen", "restore_callback_states_from_checkpoint", "logging_nan_inf_filter"):
+        assert name in fields
+
+
+def test_import_is_light_and_help_is_quick() -> None:
+    """`import leantune` loads neither torch nor transformers; LaMDA is there as soon as peft is."""
+    script = (
+        "import sys, leantune, leantune.cli\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import peft\n"
+        "assert 'LAMDA' in peft.PeftType.__members__ and 'leantune.lamda' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("first", ["import peft, leantune", "import leantune.lamda, peft", "import leantune.run"])
+def test_registered_whatever_comes_first(first: str) -> None:
+    script = f"{first}\nimport peft\nassert 'LAMDA' in peft.PeftType.__members__\n"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_public_name_is_there_and_explained() -> None:
+    import leantune
+
+    for name in leantune.__all__:
+        value = getattr(leantune, name)
+        assert name == "__version__" or (value.__doc__ or "").strip(), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = leantune.nothing  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
 """Memory and time of a training step under TokenTune, against ordinary training and gradient checkpointing.
 
-    OMP_NUM_THREADS=1 python benchmarks/tokentune_steps.py [--repeats 5] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/tokentune_steps.py [--repeats 5]
 
-Writes benchmarks/results/tokentune_steps.json. Memory is `saved_activation_bytes` (the same on every machine);
-time is the median over interleaved steps (one of each variant in turn), in process CPU seconds, which a busy
-machine disturbs less than wall time; both are in the file.
+Writes benchmarks/results/tokentune_steps.json. Memory is `saved_activation_bytes` (the same on every
+machine); time is the median over interleaved steps (one of each variant in turn), in process CPU seconds,
+which a busy machine disturbs less than wall time; both are in the file.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ import torch
 import transformers
 from torch import nn
 
+from leantune.anatomy import find_head
 from leantune.measure import saved_activation_bytes
 from leantune.tokentune import TokenTuneConfig, token_tune
+from leantune.tokentune.attach import tuner_of
 
 KEEPS = (0.5, 0.3, 0.2, 0.1)
 RESULTS = Path(__file__).parent / "results" / "tokentune_steps.json"
@@ -121,7 +123,13 @@ class Variant:
                 self.model.enable_input_require_grads()
         else:
             self.model.activation_checkpointing_disable()
-        token_tune(self.model, None if self.keep is None else TokenTuneConfig(self.keep))
+        head = find_head(self.model)
+        if self.keep is None:
+            token_tune(self.model, None)
+        elif tuner_of(head) is None:
+            token_tune(self.model, TokenTuneConfig(self.keep))
+        else:  # attaching anew each time is slow
+            tuner_of(head).config = TokenTuneConfig(self.keep)
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:

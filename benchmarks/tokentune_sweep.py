@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tokentune_sweep.py [--only llama] [--task causal-lm]
 
-Each architecture is built at random from a shrunk config, in float64, in a process of its own. Where TokenTune
-attaches, its loss and all gradients are compared with the brute-force reference of the tests (half of the
-tokens chosen, rows padded) and with ordinary training (all tokens chosen) on a batch that attaching has not
-seen. Outcomes: `exact`, `refused` (with the reason), `wrong` (attached, but not equal: must not happen),
-`not built` (no small model, or it does not train by itself). Writes benchmarks/results/tokentune_sweep.json.
+Each architecture is built at random from a shrunk config, in float64, in a process of its own. Where
+TokenTune attaches, its loss and all gradients are compared with the brute-force reference of the tests (half
+of the tokens chosen, rows padded) and with ordinary training (all tokens chosen) on a batch that attaching
+has not seen. Outcomes: `exact`, `refused` (with the reason), `wrong` (attached, but not equal: must not
+happen), `not built` (no small model, or it does not train by itself). Writes
+benchmarks/results/tokentune_sweep.json.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-import transformers
-from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers.models.auto import modeling_auto as auto  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from leantune.errors import UserError
-from leantune.tokentune import TokenTuneConfig, token_tune
-from tests.tiny_models import all_in_float64
+from leantune.errors import UserError  # noqa: E402
+from leantune.tokentune import TokenTuneConfig, token_tune  # noqa: E402
+from tests.tiny_models import all_in_float64  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "tokentune_sweep.json"
 TABLES = {
@@ -134,7 +135,7 @@ def _is_dropout(name: str) -> bool:
 
 
 def build(model_type: str, class_name: str, task: str) -> Any:
-    """A small float64 model with random weights that trains on the batch, and the batch; or why there is none."""
+    """A small random float64 model that trains on the batch, and the batch; or why there is none."""
     cls, reason = getattr(transformers, class_name), ""
     for make in configs(cls, model_type):
         try:

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from leantune.measure import saved_activation_bytes
     from leantune.recipes import Recipe
     from leantune.run import evaluate, export, load, predict, train
-    from leantune.tokentune import TokenTuneConfig, TokenTuneState, chosen_tokens, token_tune
+    from leantune.tokentune import (
+        ChoosingCollator,
+        TokenTuneConfig,
+        TokenTuneState,
+        chosen_tokens,
+        token_tune,
+    )
 
 _HOME = {
     "UserError": "leantune.errors",
@@ -37,6 +43,7 @@ _HOME = {
     "frozen_columns": "leantune.lamda",
     "lamda_to_lora": "leantune.lamda",
     "save_as_lora": "leantune.lamda",
+    "ChoosingCollator": "leantune.tokentune",
     "TokenTuneConfig": "leantune.tokentune",
     "TokenTuneState": "leantune.tokentune",
     "token_tune": "leantune.tokentune",
@@ -51,6 +58,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ChoosingCollator",
     "LamdaConfig",
     "LamdaFreezing",
     "LamdaModel",

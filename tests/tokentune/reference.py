@@ -1,8 +1,9 @@
 """TokenTune by brute force, from METHODS' formulas alone: what the implementation is compared with.
 
 One ordinary forward over all tokens, in which everything of an unchosen token is cut off from the gradient:
-its hidden state before and after every layer, its key and its value at every attention call. It saves nothing;
-it is right by inspection. It shares no code with leantune.
+its hidden state before and after every layer, its key and its value at every attention call. It saves
+nothing; it is right by inspection. It shares no code with leantune but
+the shift of a seq2seq model's labels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from leantune.anatomy import decoder_inputs
 
 
 def cut(x: Tensor, chosen: Tensor, axis: int) -> Tensor:
@@ -36,7 +39,7 @@ def brute_force(model: nn.Module, *chosen: Tensor) -> Iterator[None]:
 
     def mask_of(module: nn.Module, keys: bool = False) -> Tensor:
         parts = names[id(module)].split(".")
-        cross = keys and any(part in ("encoder_attn", "EncDecAttention") for part in parts)
+        cross = keys and any(part in ("encoder_attn", "EncDecAttention", "cross_attention") for part in parts)
         return chosen[0] if cross or "encoder" in parts else chosen[-1]
 
     def hidden_in(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
@@ -58,10 +61,15 @@ def brute_force(model: nn.Module, *chosen: Tensor) -> Iterator[None]:
         kernel = original(name, default)
 
         def attend(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kwargs: object
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: object,
+            **kwargs: object,
         ) -> object:
             mine = mask_of(module, keys=True)
-            return kernel(module, q, cut(k, mine, 2), cut(v, mine, 2), mask, **kwargs)
+            return kernel(module, query, cut(key, mine, 2), cut(value, mine, 2), attention_mask, **kwargs)
 
         return attend
 
@@ -88,17 +96,13 @@ def as_mask(choice: Tensor, n: int) -> Tensor:
 def reference_batch(
     model: nn.Module, batch: dict[str, Tensor], task: str, chosen: Tensor
 ) -> dict[str, Tensor]:
-    """The batch with the labels of unchosen tokens (batch, n) taken out, so that the model's own loss is ours."""
+    """The batch without the labels of unchosen tokens (batch, n), so that the model's own loss is ours."""
     if task in ("classification", "image", "qa"):
         return batch
     labels = batch["labels"]
-    if task == "causal-lm":  # token t predicts label t + 1
-        keep = F.pad(chosen[:, :-1], (1, 0), value=False)
-    else:
-        keep = chosen
+    # a causal LM's token t predicts label t + 1
+    keep = F.pad(chosen[:, :-1], (1, 0), value=False) if task == "causal-lm" else chosen
     out = {**batch, "labels": labels.masked_fill(~keep, -100)}
     if task == "seq2seq":  # the decoder reads the full labels
-        start = model.config.decoder_start_token_id
-        shifted = F.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels.roll(1, 1) == -100, 0)
-        out["decoder_input_ids"] = shifted.index_fill(1, torch.tensor([0]), start)
+        out["decoder_input_ids"] = decoder_inputs(model, labels)
     return out

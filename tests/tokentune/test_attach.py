@@ -85,24 +85,31 @@ def test_check_says_nothing_of_a_good_model() -> None:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: transformers.MambaForCausalLM(transformers.MambaConfig(99, 32, num_hidden_layers=2)), "MambaBlock"),
         (
-            lambda: transformers.BloomForCausalLM(transformers.BloomConfig(99, 32, n_layer=2, n_head=4)),
+            lambda: transformers.MambaForCausalLM(
+                transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2)
+            ),
+            "MambaBlock",
+        ),
+        (
+            lambda: transformers.BloomForCausalLM(
+                transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+            ),
             "makes no call through transformers' attention interface",
         ),
         (lambda: tiny("bert", "base", dtype=torch.float32), "no model with a head"),
         (lambda: tiny("opt", dtype=torch.float32, layerdrop=0.1), "layerdrop"),
         (lambda: tiny("mixtral", dtype=torch.float32, output_router_logits=True), "output_router_logits"),
         (lambda: tiny("mixtral", dtype=torch.float32, router_jitter_noise=0.5), "random numbers"),
-        (lambda: tiny("vit", "image", dtype=torch.float32, attn_implementation="flex_attention"), "flex_attention"),
+        (
+            lambda: tiny("vit", "image", dtype=torch.float32, attn_implementation="flex_attention"),
+            "flex_attention",
+        ),
         (lambda: torch.nn.Linear(2, 2), "no transformers model"),
     ],
 )
 def test_refused_by_name(build: Any, words: str) -> None:
-    try:
-        model = build()
-    except UserError:
-        raise
+    model = build()
     if isinstance(model, torch.nn.Linear):
         with pytest.raises(UserError, match=words):
             token_tune(model, TokenTuneConfig())
@@ -116,6 +123,16 @@ def test_a_model_that_mixes_tokens_elsewhere_is_caught_by_trying() -> None:
     mlp = layer.mlp.forward
     layer.mlp.forward = lambda x: mlp(x) + x.mean(1, keepdim=True)
     assert "do not give the model's own" in refusal(model)
+
+
+def test_training_past_the_two_passes_is_refused() -> None:
+    """TRL replaces the model's forward and calls the model below its head: not to go unnoticed."""
+    model, batch = tiny("llama", dtype=torch.float32), batch_for("llama", labels=False)
+    token_tune(model, TokenTuneConfig(0.5)).train()
+    with pytest.raises(UserError, match="trained on all tokens"):
+        model.model(**batch)
+    with torch.no_grad():
+        model.model(**batch)
 
 
 def test_labels_are_needed_in_training() -> None:

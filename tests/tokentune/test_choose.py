@@ -22,7 +22,9 @@ def test_keep_that_means_nothing(keep: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", [{"strategy": "best"}, {"seed": -1}, {"seed": 0.5}, {"checkpointed_kv": "drop"}])
+@pytest.mark.parametrize(
+    "field", [{"strategy": "best"}, {"seed": -1}, {"seed": 0.5}, {"checkpointed_kv": "drop"}]
+)
 def test_other_fields_that_mean_nothing(field: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(field))):
         TokenTuneConfig(**field)
@@ -45,7 +47,9 @@ def test_exact_number_inside_the_row_with_a_supervised_one(
     choice = choose(config, Candidates(real, supervised), generator_for(seed, 0, 0))
     for row, size, wanted in zip(choice, sizes, supervised, strict=True):
         picked = row[row >= 0]
-        assert len(picked) == (min(keep, size) if isinstance(keep, int) else max(1, int(size * keep + 0.5 + 1e-9)))
+        assert len(picked) == (
+            min(keep, size) if isinstance(keep, int) else max(1, int(size * keep + 0.5 + 1e-9))
+        )
         assert picked.tolist() == sorted(set(picked.tolist()))
         assert int(picked.max()) < size
         assert not wanted.any() or wanted[picked].any()
@@ -83,7 +87,9 @@ def test_random_is_uniform() -> None:
         ("vit", "image", None, "first"),
     ],
 )
-def test_the_pooled_token_is_always_chosen(family: str, task: str, padding: str | None, position: str) -> None:
+def test_the_pooled_token_is_always_chosen(
+    family: str, task: str, padding: str | None, position: str
+) -> None:
     model, batch = tiny(family, task), batch_for(family, task, padding=padding)
     token_tune(model, TokenTuneConfig(1)).train()
     model = model.float()
@@ -105,7 +111,9 @@ def test_cls_is_chosen_in_encoders_with_token_labels() -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bart", "seq2seq")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bart", "seq2seq")]
+)
 def test_every_strategy_trains(family: str, task: str, strategy: Any) -> None:
     model = tiny(family, task, dtype=torch.float32, attn_implementation="sdpa")
     batch = batch_for(family, task, padding="right")

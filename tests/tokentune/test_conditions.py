@@ -1,4 +1,4 @@
-"""Exactness under what training adds: adapters, checkpointing, two forwards, custom masks, autocast, dropout."""
+"""Exactness under what training adds: adapters, checkpointing, two forwards, masks, autocast, dropout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def lora(model: nn.Module, **config: object) -> nn.Module:
 @pytest.mark.parametrize("kv", ["recompute", "keep"])
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("llama", "causal-lm"), ("gemma3", "causal-lm"), ("bert", "masked-lm"), ("bart", "seq2seq"), ("gpt2", "causal-lm")],
+    [
+        ("llama", "causal-lm"),
+        ("gemma3", "causal-lm"),
+        ("bert", "masked-lm"),
+        ("bart", "seq2seq"),
+        ("gpt2", "causal-lm"),
+    ],
 )
 def test_gradient_checkpointing(family: str, task: str, kv: str) -> None:
     model = checkpointed(tiny(family, task, attn_implementation="sdpa"))
@@ -38,7 +44,9 @@ def test_gradient_checkpointing(family: str, task: str, kv: str) -> None:
     assert _checkpointed_error(model, task, batch, kv) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "task"), [("t5", "seq2seq"), ("deberta-v3", "masked-lm"), ("vit", "image")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("t5", "seq2seq"), ("deberta-v3", "masked-lm"), ("vit", "image")]
+)
 def test_gradient_checkpointing_of_special_attention(family: str, task: str) -> None:
     model = checkpointed(tiny(family, task))
     assert _checkpointed_error(model, task, batch_for(model, task), "recompute") < TOLERANCE
@@ -85,7 +93,9 @@ def test_under_lora_attached_first() -> None:
 
 
 def test_under_lamda() -> None:
-    model = peft.get_peft_model(tiny("llama"), leantune.LamdaConfig(r=4, target_modules="all-linear")).double()
+    model = peft.get_peft_model(
+        tiny("llama"), leantune.LamdaConfig(r=4, target_modules="all-linear")
+    ).double()
     for name, parameter in model.named_parameters():  # away from its exact zero start
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))

@@ -10,6 +10,7 @@ import leantune
 from leantune.anatomy import find_head
 from leantune.tokentune import TokenTuneConfig, chosen_tokens, token_tune
 from leantune.tokentune.attach import tuner_of
+from leantune.tokentune.forward import TokenTuner
 from tests.tiny_models import FAMILIES, all_in_float64, batch_for, tiny
 from tests.tokentune.reference import as_mask, brute_force, reference_batch
 
@@ -43,8 +44,11 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def worst(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Largest relative error over all parameters; scale: the parameter's own gradient, or 1e-6 of all."""
-    floor = 1e-6 * max(float(g.norm()) for g in theirs.values())
+    """Largest relative error over all parameters; scale: its own gradient, or 1e-5 of the largest.
+
+    Some gradients are zero but for rounding (a key's bias under softmax) and have no scale of their own.
+    """
+    floor = 1e-5 * max(float(g.norm()) for g in theirs.values())
     return max(float((mine[n] - theirs[n]).norm()) / max(float(theirs[n].norm()), floor) for n in theirs)
 
 
@@ -57,7 +61,8 @@ def compare(
         model.train()
         output = model(**batch)
         mine = gradients(model, output.loss)
-        sides, shifts = _sides(model, task, batch), tuner_of(find_head(model)).plan.shifts
+        tuner = tuner_of(find_head(model))
+        sides, shifts = _sides(tuner), tuner.plan.shifts
         token_tune(model, None)
         with brute_force(model, *sides):
             own = model(**reference_batch(model, batch, task if shifts else "straight", sides[-1])).loss
@@ -65,12 +70,9 @@ def compare(
     return max(worst(mine, theirs), float(((output.loss - own) / own).detach().abs()))
 
 
-def _sides(model: nn.Module, task: str, batch: dict[str, Tensor]) -> list[Tensor]:
-    n = batch["input_ids"].size(1) if "input_ids" in batch else 17
-    if not model.config.is_encoder_decoder:
-        return [as_mask(chosen_tokens(model), n)]
-    n_decoder = batch["labels"].size(1) if task == "seq2seq" else n
-    return [as_mask(chosen_tokens(model, "encoder"), n), as_mask(chosen_tokens(model), n_decoder)]
+def _sides(tuner: TokenTuner) -> list[Tensor]:
+    sides = ("encoder", "decoder") if "encoder" in tuner.chosen else ("decoder",)
+    return [as_mask(tuner.chosen[side], tuner.lengths[side]) for side in sides]
 
 
 def ordinary(model: nn.Module, batch: dict[str, Tensor], keep: float | int = 1.0) -> float:
@@ -103,8 +105,14 @@ def test_all_tokens_equal_ordinary_training(family: str, task: str, kernel: str,
 
 
 def _reads_padding(case: tuple) -> bool:
-    """Question answering has a logit for every padding token: no ordinary run to compare with."""
-    return case[1] == "qa" and case[3] is not None
+    """Cases in which the model itself reads padding, which is never chosen: ordinary training differs.
+
+    Question answering has a logit for each; and a first token that is padding and may see no key at all
+    attends to every key alike.
+    """
+    family, task, _, padding = case
+    blind = family in ("deberta-v2", "deberta-v3", "modernbert") and task == "classification"
+    return (task == "qa" and padding is not None) or (blind and padding == "left")
 
 
 @pytest.mark.slow

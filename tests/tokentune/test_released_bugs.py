@@ -1,4 +1,4 @@
-"""One regression test for each bug of the paper's released code (METHODS §3, "What the released code gets wrong")."""
+"""One regression test for each bug of the paper's released code (METHODS §3)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def test_1_the_configured_attention_kernel_stays_in_use(monkeypatch: pytest.Monk
     """Released: eager attention hard-coded, and whole attention matrices kept."""
     calls = []
     own = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or own(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or own(*a, **k)
+    )
     model = tiny("llama", dtype=torch.float32, attn_implementation="sdpa")
     batch = batch_for("llama", length=60)
     token_tune(model, TokenTuneConfig(30)).train()
@@ -63,7 +65,9 @@ def test_4_empty_slots_of_shorter_rows_do_not_enter_the_loss() -> None:
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("keep", "count"), [(1, 1), (5, 5), (12, 12), (99, 12), (0.25, 3), (0.3, 4), (0.01, 1)])
+@pytest.mark.parametrize(
+    ("keep", "count"), [(1, 1), (5, 5), (12, 12), (99, 12), (0.25, 3), (0.3, 4), (0.01, 1)]
+)
 def test_5_the_number_of_tokens_is_exact(keep: int | float, count: int) -> None:
     model, batch = tiny("bert", "masked-lm", dtype=torch.float32), batch_for("bert", "masked-lm")
     token_tune(model, TokenTuneConfig(keep)).train()

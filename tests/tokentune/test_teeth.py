@@ -1,4 +1,4 @@
-"""The exactness tests must fail when the mechanism is broken on purpose; and so must attaching, where it can."""
+"""The exactness tests must fail when the mechanism is broken on purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leantune.tokentune import passes, rows
+from leantune.tokentune import record, rows, train
 from tests.tiny_models import batch_for, tiny
 from tests.tokentune.test_exact import TOLERANCE, compare
 
@@ -41,7 +41,7 @@ def test_keys_and_values_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unchosen_keys_keep_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recording without no_grad: paths through unchosen tokens are no longer cut."""
-    prepare = passes.Recording.prepare
+    prepare = record.Recording.prepare
 
     def with_gradient(self: Any, stack: Any) -> None:
         prepare(self, stack)
@@ -53,34 +53,36 @@ def test_unchosen_keys_keep_their_gradient(monkeypatch: pytest.MonkeyPatch) -> N
             index = self.index[:, None, :, None].expand(part.shape)
             return full.scatter(2, index, part)
 
-    monkeypatch.setattr(passes.Recording, "prepare", with_gradient)
-    monkeypatch.setattr(passes, "_owned", lambda x: x)
+    monkeypatch.setattr(record.Recording, "prepare", with_gradient)
+    monkeypatch.setattr(record, "_owned", lambda x: x)
     monkeypatch.setattr(rows.Rows, "write", Leaky.write)
     model = tiny("llama", attn_implementation="sdpa")
     assert compare(model, "causal-lm", batch_for("llama"), 6) > 1e-3
 
 
 def test_mask_rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = passes.Training._mask_rows
+    own = train.Training._mask_rows
 
     def shifted(self: Any, *args: Any) -> Tensor | None:
         mask = own(self, *args)
         return None if mask is None else mask.roll(1, -2)
 
-    monkeypatch.setattr(passes.Training, "_mask_rows", shifted)
+    monkeypatch.setattr(train.Training, "_mask_rows", shifted)
     assert error() > 1e-3
     assert error("mistral", kernel="eager") > 1e-3
 
 
 def test_mask_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """`is_causal` on gathered rows: row i would see the first i keys."""
-    monkeypatch.setattr(passes.Training, "_mask_rows", lambda *_: None)
+    monkeypatch.setattr(train.Training, "_mask_rows", lambda *_: None)
     assert error() > 1e-3
 
 
 def test_position_rows_not_gathered_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    gather = passes.Training._gather_shared
-    monkeypatch.setattr(passes.Training, "_gather_shared", lambda self, x, axis, s: gather(self, x, axis, s).roll(1, axis))
+    gather = train.Training._gather_shared
+    monkeypatch.setattr(
+        train.Training, "_gather_shared", lambda self, x, axis, s: gather(self, x, axis, s).roll(1, axis)
+    )
     assert error() > 1e-3
 
 

@@ -36,7 +36,9 @@ def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
-def trainer(model: nn.Module, folder: Path, data: list[Any], callbacks: Any = None, **settings: Any) -> Trainer:
+def trainer(
+    model: nn.Module, folder: Path, data: list[Any], callbacks: Any = None, **settings: Any
+) -> Trainer:
     collator = settings.pop("data_collator", stack)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -69,8 +71,12 @@ class Fixed(ChoosingCollator):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-@pytest.mark.parametrize(("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bert", "tokens")])
-def test_same_loss_at_any_accumulation_with_the_choosing_collator(family: str, task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bert", "tokens")]
+)
+def test_same_loss_at_any_accumulation_with_the_choosing_collator(
+    family: str, task: str, tmp_path: Path
+) -> None:
     results = []
     for size, accumulation in ((8, 1), (4, 2), (1, 8)):
         model = tiny(family, task, dtype=torch.float32)
@@ -90,7 +96,9 @@ def test_same_loss_at_any_accumulation_with_the_choosing_collator(family: str, t
         assert torch.allclose(weights, results[0][1], atol=2e-4)
 
 
-@pytest.mark.parametrize(("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bert", "classification")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("bert", "classification")]
+)
 def test_all_tokens_give_the_same_loss_at_any_accumulation(family: str, task: str, tmp_path: Path) -> None:
     results = []
     for size, accumulation in ((8, 1), (2, 4)):
@@ -117,10 +125,12 @@ def test_the_loss_is_the_mean_over_chosen_tokens_whatever_the_caller_counted() -
     assert torch.allclose(model(**batch, num_items_in_batch=counted).loss.detach(), mean)
 
 
-def test_resuming_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["forward", "collator"])
+def test_resuming_is_exact(where: str, tmp_path: Path) -> None:
     def run(folder: Path, steps: int, resume: bool = False) -> nn.Module:
         model = tiny("llama", dtype=torch.float32)
         token_tune(model, TokenTuneConfig(0.3, seed=5))
+        collator = stack if where == "forward" else ChoosingCollator(model, stack)
         each = trainer(
             model,
             folder,
@@ -131,6 +141,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
             save_steps=3,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
+            data_collator=collator,
         )
         each.train(resume_from_checkpoint=resume)
         return model
@@ -142,6 +153,14 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     assert stored["stateful_callbacks"]["TokenTuneState"]["attributes"]["saved"] == {"seed": 5, "step": 12}
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_evaluation_with_the_choosing_collator_counts_all_labels(tmp_path: Path) -> None:
+    model = tiny("llama", dtype=torch.float32)
+    plain = trainer(model, tmp_path, features()).evaluate(features())["eval_loss"]
+    token_tune(model, TokenTuneConfig(0.3))
+    choosing = trainer(model, tmp_path, features(), data_collator=ChoosingCollator(model, stack))
+    assert choosing.evaluate(features())["eval_loss"] == pytest.approx(plain, rel=1e-6)
 
 
 def test_state_is_plain_data_and_continues_the_choice() -> None:

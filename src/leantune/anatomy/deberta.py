@@ -5,9 +5,9 @@ query i on key j is
 
     q_i · k_j  +  q_i · pos_k[δ(i, j)]  +  k_j · pos_q[δ(j, i)]        (content, content→position, p→c)
 
-transformers' code takes the distances δ as one n × n table and assumes as many queries as keys. Here the table
-has one row per query (its own for every sequence of the batch, if need be), so that chosen queries can look at
-all keys. `disentangled_forward` takes the place of the module's forward while a handler is active.
+transformers' code takes the distances δ as one n × n table and assumes as many queries as keys. Here the
+table has one row per query (its own for every sequence of the batch, if need be), so that chosen queries can
+look at all keys. `disentangled_forward` takes the place of the module's forward while a handler is active.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _flat(table: Mapping[str, Any]) -> set[str]:
 
 
 def decoder_inputs(head: Any, labels: Tensor) -> Tensor:
-    """What a sequence-to-sequence model's decoder reads when it is given labels (batch, n): they, shifted right.
+    """What a sequence-to-sequence model's decoder reads, given labels (batch, n): they, shifted right.
 
     Raises:
         UserError: The model does not say how.
@@ -74,7 +74,9 @@ def decoder_inputs(head: Any, labels: Tensor) -> Tensor:
         return head.prepare_decoder_input_ids_from_labels(labels=labels)
     shift = getattr(sys.modules[type(head).__module__], "shift_tokens_right", None)
     if shift is None:
-        raise UserError(f"{type(head).__name__} cannot make decoder inputs from labels: give decoder_input_ids")
+        raise UserError(
+            f"{type(head).__name__} cannot make decoder inputs from labels: give decoder_input_ids"
+        )
     return shift(labels, head.config.pad_token_id, head.config.decoder_start_token_id)
 
 

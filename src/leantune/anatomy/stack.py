@@ -1,8 +1,9 @@
 """The stack of layers of a transformers model, read off its module tree.
 
-A stack is a list of layers through which a sequence of tokens runs: the decoder's of a Llama, the encoder's of
-a BERT, one of each in a T5. transformers marks their layers by one base class (`GradientCheckpointingLayer`),
-so no table of architectures is needed; what does not follow the pattern is refused by name.
+A stack is a list of layers through which a sequence of tokens runs: the decoder's of a Llama, the encoder's
+of a BERT, one of each in a T5. transformers marks their layers by one base class
+(`GradientCheckpointingLayer`), so no table of architectures is needed; what does not follow the pattern is
+refused by name.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from leantune.anatomy import Side, find_head
 from leantune.errors import UserError
 from leantune.tokentune.config import TokenTuneConfig
 from leantune.tokentune.forward import TokenTuner
-from leantune.tokentune.inspect import make_plan
 from leantune.tokentune.passes import after_base, after_layer, before_layer
 from leantune.tokentune.score import check_strategy
+from leantune.tokentune.survey import make_plan
 from leantune.tokentune.verify import evaluation_mode, reruns, verify
 
 _ATTRIBUTE = "_leantune_tokens"
@@ -27,10 +27,10 @@ _ATTRIBUTE = "_leantune_tokens"
 def token_tune(model: nn.Module, config: TokenTuneConfig | None) -> Any:
     """Back-propagate through chosen tokens only, from the next training forward on.
 
-    TokenTune (Simoulin, Park et al., EMNLP 2024, arXiv 2501.18824). In `train()` mode with gradients enabled a
-    forward becomes two passes (see `leantune.tokentune.passes`); in `eval()` mode, and in `generate()`, nothing
-    changes. The output's `logits` are those of the chosen tokens, (batch, k, …), for heads with one output per
-    token, and its `loss` is the mean over the chosen tokens that bear a label.
+    TokenTune (Simoulin, Park et al., EMNLP 2024, arXiv 2501.18824). In `train()` mode with gradients enabled
+    a forward becomes two passes (see `leantune.tokentune.passes`); in `eval()` mode, and in `generate()`,
+    nothing changes. The output's `logits` are those of the chosen tokens, (batch, k, …), for heads with one
+    output per token, and its `loss` is the mean over the chosen tokens that bear a label.
 
     Args:
         model: A transformers model with a head, plain or wrapped (PEFT, DDP, …). Attach before or after the
@@ -41,8 +41,8 @@ def token_tune(model: nn.Module, config: TokenTuneConfig | None) -> Any:
         The same object.
 
     Raises:
-        UserError: The model cannot be done, with the reason by name. Attaching tries both passes once on a tiny
-            batch and refuses where they do not give the model's own outputs and gradients.
+        UserError: The model cannot be done, with the reason by name. Attaching tries both passes once on a
+            tiny batch and refuses where they do not give the model's own outputs and gradients.
     """
     head = find_head(model)
     _detach(head)
@@ -115,10 +115,12 @@ def set_token_state(model: nn.Module, state: dict[str, int]) -> None:
     if state["seed"] != tuner.config.seed:
         raise UserError(f"the saved token state has seed {state['seed']}, the model has {tuner.config.seed}")
     tuner.step = int(state["step"])
+    for collator in tuner.collators:
+        collator.calls = tuner.step
 
 
 class TokenTuneState(TrainerCallback, ExportableState):
-    """Keeps TokenTune's step in the Trainer's checkpoints (`trainer_state.json`), so that resuming is exact."""
+    """Keeps TokenTune's step in the Trainer's checkpoints (`trainer_state.json`): resuming is exact."""
 
     def __init__(self) -> None:
         self.saved: dict[str, int] = {}
@@ -160,6 +162,9 @@ def _tuned_forward(own: Callable[..., Any], wrapped: Callable[..., Any] | None) 
         tuner = tuner_of(self)
         if tuner is None or not self.training or not torch.is_grad_enabled():
             kwargs.pop("token_choice", None)
+            if "full_labels" in kwargs:  # a batch of ChoosingCollator's, but this is no training
+                kwargs["labels"] = kwargs.pop("full_labels")
+                kwargs.pop("num_items_in_batch", None)  # it counts the labels that are left
             return original(*args, **kwargs)
         return tuner.forward(original, kwargs | dict(zip(tuner.positional, args, strict=False)))
 
@@ -176,7 +181,7 @@ def _hook(tuner: TokenTuner) -> None:
 
 
 def _settle(tuner: TokenTuner, batch: dict[str, Tensor]) -> None:
-    """Verify; where that fails, once more without shortcuts (no truncation, full length after the last layer)."""
+    """Verify; if that fails, once more without shortcuts (truncation, gathered rows after the stack)."""
     try:
         verify(tuner, batch)
     except UserError as first:
@@ -197,7 +202,7 @@ def _detach(head: PreTrainedModel) -> None:
     if tuner is None:
         return
     _unhook(tuner)
-    function = getattr(head.__dict__.get("forward"), "__func__", None)
+    function: Any = getattr(head.__dict__.get("forward"), "__func__", None)
     if hasattr(
         function, "leantune_wrapped"
     ):  # else somebody wrapped it since: ours then calls the model's own

@@ -67,9 +67,7 @@ def choose(config: TokenTuneConfig, candidates: Candidates, generator: torch.Gen
     if candidates.pooled is not None:
         pooled = candidates.pooled[:, None]
         priority = priority.scatter_add(1, pooled, priority.new_full(pooled.shape, 8.0))
-    count = config.count(candidates.real.sum(1))
-    if candidates.pooled is not None:
-        count = count.clamp_min(1)
+    count = config.count(real.sum(1))
     return _top(priority.masked_fill(~real, -1.0), count)
 
 

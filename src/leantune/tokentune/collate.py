@@ -1,10 +1,10 @@
 """Choose tokens where batches are made, so that whoever normalises the loss counts chosen tokens.
 
-`Trainer` counts the labels of all micro-batches of an optimizer step before the model sees the first; TRL divides
-outside the model. Choosing inside the forward comes too late for both: each forward then enters by its share of
-*all* labels (an average of means, off by how unevenly the choice fell). With the choice made here, labels of
-unchosen tokens are gone before anyone counts, and the loss is the mean over all chosen tokens of the step, at any
-accumulation and any number of processes.
+`Trainer` counts the labels of all micro-batches of an optimizer step before the model sees the first; TRL
+divides outside the model. Choosing inside the forward comes too late for both: each forward then enters by
+its share of *all* labels (an average of means, off by how unevenly the choice fell). With the choice made
+here, labels of unchosen tokens are gone before anyone counts, and the loss is the mean over all chosen
+tokens of the step, at any accumulation and any number of processes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ class ChoosingCollator:
         token_tune(model, TokenTuneConfig(0.25))
         trainer = Trainer(model, data_collator=ChoosingCollator(model, collator), ...)
 
-    Calls are counted, as `TokenTuneState` counts forwards: the same seed, call and rank give the same choice, and
-    a resumed Trainer, which draws the skipped batches again, comes to the same count. Use no DataLoader workers.
+    Calls are counted as forwards are: the same seed, call and rank give the same choice, and `TokenTuneState`
+    sets the count when a run is resumed. Use no DataLoader workers. In evaluation the model goes back to all
+    labels (they travel as `full_labels`); `compute_metrics` still sees those of chosen tokens only.
 
     Args:
         model: With TokenTune attached, and a tokenwise head.
         collator: Makes a batch (a mapping of tensors, with `labels`) of features.
 
     Raises:
-        UserError: The head pools (then there is nothing to count), or the strategy needs scores from a forward.
+        UserError: The head pools (then there is nothing to count), or the strategy needs scores from a
+            forward.
     """
 
     def __init__(self, model: nn.Module, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
@@ -44,10 +46,11 @@ class ChoosingCollator:
             raise UserError(f"ChoosingCollator is for losses over tokens; this head does {tuner.plan.task}")
         if tuner.config.strategy not in ("random", "supervised"):
             raise UserError(
-                f"strategy={tuner.config.strategy!r} needs scores from a forward; in a collator only 'random' and "
-                "'supervised' can choose"
+                f"strategy={tuner.config.strategy!r} needs scores from a forward; in a collator only "
+                "'random' and 'supervised' can choose"
             )
-        self.tuner, self.collator, self.calls = tuner, collator, 0
+        self.tuner, self.collator, self.calls = tuner, collator, tuner.step
+        tuner.collators.append(self)
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """Make a batch and choose."""
@@ -55,7 +58,7 @@ class ChoosingCollator:
         return self.choose(batch)
 
     def choose(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `token_choice` (batch, k) and the labels of chosen tokens only.
+        """The batch with `token_choice` (batch, k), labels of chosen tokens only, and `full_labels`.
 
         Raises:
             UserError: It has no labels.
@@ -67,8 +70,9 @@ class ChoosingCollator:
             batch["decoder_input_ids"] = decoder_inputs(tuner.plan.head, labels)
         choosing = Choosing(tuner, batch, {"labels": labels}, step=self.calls)
         self.calls += 1
-        choosing.on_enter("decoder", *labels.shape, labels.device)
+        choosing.on_enter("decoder", labels.size(0), labels.size(1), labels.device)
         batch["token_choice"] = choosing.choices["decoder"]
+        batch["full_labels"] = labels
         batch["labels"] = _only(labels, batch["token_choice"], tuner)
         return batch
 

@@ -20,16 +20,17 @@ class TokenTuneConfig:
     """Back-propagate through `keep` tokens of every sequence (TokenTune, arXiv 2501.18824).
 
     Attributes:
-        keep: An int: that many tokens per sequence (or all of a shorter one). A float in (0, 1]: that fraction
-            of the sequence's real (unpadded) length r, exactly ⌊keep · r + ½⌋ tokens and at least one. Beware
-            that `1` is one token and `1.0` is all of them.
+        keep: An int: that many tokens per sequence (or all of a shorter one). A float in (0, 1]: that
+            fraction of the sequence's real (unpadded) length r, exactly ⌊keep · r + ½⌋ tokens and at least
+            one. Beware that `1` is one token and `1.0` is all of them.
         strategy: `random`: uniform (the paper). `supervised`: tokens that bear a label first, uniform among
             them. `loss`: the highest loss first; `attention`: the most attended to in the last layer first;
             `norm`: the largest hidden state before the last layer first.
         seed: Of the draw, together with the step and the process's rank.
         checkpointed_kv: With gradient checkpointing, whether the keys and values of all tokens are made again
-            for the backward pass (`recompute`: least memory, one more forward without gradient) or kept (`keep`:
-            fastest; with as many key heads as query heads they are larger than the checkpoints themselves).
+            for the backward pass (`recompute`: least memory, one more forward without gradient) or kept
+            (`keep`: fastest; with as many key heads as query heads they are larger than the checkpoints
+            themselves).
 
     Raises:
         UserError: A field has a value that means nothing.

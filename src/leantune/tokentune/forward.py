@@ -16,10 +16,11 @@ from leantune.anatomy import TOKENWISE, Side, decoder_inputs
 from leantune.errors import UserError
 from leantune.tokentune.choose import Candidates, choose, generator_for
 from leantune.tokentune.config import TokenTuneConfig
-from leantune.tokentune.passes import Recording, Training
 from leantune.tokentune.plan import Plan
+from leantune.tokentune.record import Recording
 from leantune.tokentune.rows import Rows
 from leantune.tokentune.score import Scorer
+from leantune.tokentune.train import Training
 
 IGNORED = -100
 
@@ -32,13 +33,16 @@ class TokenTuner:
         config: What to choose.
         step: Training forwards done so far; with the seed and the rank it determines the next choice.
         chosen: Choice of the last training forward, per side.
+        lengths: n of the last training forward, per side.
     """
 
     def __init__(self, plan: Plan, config: TokenTuneConfig) -> None:
         self.plan, self.config, self.step = plan, config, 0
         self.chosen: dict[Side, Tensor] = {}
+        self.lengths: dict[Side, int] = {}
         self.handles: list[Any] = []
-        self.positional = [name for name in inspect.signature(type(plan.head).forward).parameters][1:]
+        self.collators: list[Any] = []  # ChoosingCollators that choose for this model
+        self.positional = list(inspect.signature(type(plan.head).forward).parameters)[1:]
 
     def forward(self, original: Callable[..., Any], given: dict[str, Any]) -> Any:
         """The two passes.
@@ -48,7 +52,8 @@ class TokenTuner:
             given: All arguments of the call, by name. `token_choice` (batch, k) may fix the choice.
 
         Returns:
-            The model's output with `loss`, and `logits` of the chosen tokens (batch, k, …) for tokenwise heads.
+            The model's output with `loss`, and `logits` of the chosen tokens (batch, k, …) for tokenwise
+            heads.
         """
         inputs, targets, as_tuple = self.split(given)
         choose_now = Choosing(self, inputs, targets)
@@ -70,14 +75,19 @@ class TokenTuner:
         recording.entering.clear()
         rows = {side: Rows(choice, recording.sizes[side][1]) for side, choice in choose_now.choices.items()}
         self.chosen = choose_now.choices
+        self.lengths = {side: n for side, (_, n) in recording.sizes.items()}
         if self.plan.task not in TOKENWISE:
-            inputs = inputs | targets
+            inputs = inputs | {name: targets[name] for name in wanted_targets(self.plan.task)}
+        if targets["fused"]:  # TRL: it computes the loss from log-probabilities itself, of aligned labels
+            target = rows["decoder"].fill(rows["decoder"].gather(choose_now.aligned(), 1), IGNORED)
+            inputs |= {"fused_lm_head": True, "shift_labels": target}
         training = Training(self.plan, recording, rows, merge=sequence)
         del recording
         with training.active():
             output = original(**inputs)
         training.merged = None
-        self._set_loss(output, targets, rows["decoder"], choose_now)
+        if not targets["fused"]:
+            self._set_loss(output, targets, rows["decoder"], choose_now)
         return output.to_tuple() if as_tuple else output
 
     def _reruns(self) -> bool:
@@ -86,20 +96,24 @@ class TokenTuner:
 
     def split(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
         """Inputs of both passes, targets, and whether the caller wants a tuple."""
-        inputs = {name: value for name, value in given.items() if value is not None}
-        targets = {
+        inputs = {k: v for k, v in given.items() if v is not None and k != "full_labels"}
+        targets: dict[str, Any] = {
             name: inputs.pop(name)
             for name in ("labels", "shift_labels", "start_positions", "end_positions", "token_choice")
             if name in inputs
         }
         targets["num_items"] = inputs.pop("num_items_in_batch", None)
-        wanted = (
-            ("start_positions", "end_positions") if self.plan.task == "question-answering" else ("labels",)
-        )
+        targets["fused"] = bool(inputs.pop("fused_lm_head", False))
+        if targets["fused"] and "token_choice" not in targets:
+            raise UserError(
+                "TRL divides the loss outside the model, by the number of all labels: choose tokens in the "
+                "collator, trainer.data_collator = ChoosingCollator(model, trainer.data_collator)"
+            )
+        wanted = wanted_targets(self.plan.task)
         if not all(name in targets for name in wanted):
             raise UserError(
-                f"TokenTune computes the loss on chosen tokens: a training forward needs {' and '.join(wanted)} "
-                "(with Trainer, label_smoothing_factor and compute_loss_func take the labels away)"
+                "TokenTune computes the loss on chosen tokens: a training forward needs "
+                f"{' and '.join(wanted)} (Trainer's label smoothing and compute_loss_func take them away)"
             )
         if inputs.get("past_key_values") is not None:
             raise UserError("TokenTune cannot train with past_key_values (prefix tuning, or a filled cache)")
@@ -120,8 +134,8 @@ class TokenTuner:
             output.move_to_end("loss", last=False)
             labels = chosen.aligned()
         if num_items is not None and labels is not None:
-            # the caller sums the losses of several forwards (accumulation, processes) and has counted all labels:
-            # this one's mean enters by its share of them
+            # the caller sums the losses of several forwards (accumulation, processes) and has counted all
+            # labels: this one's mean enters by its share of them
             output["loss"] = output["loss"] * ((labels != IGNORED).sum() / num_items)
 
     def _token_loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -137,8 +151,13 @@ class TokenTuner:
         return F.cross_entropy(logits.float().flatten(0, -2), target.flatten(), ignore_index=IGNORED)
 
 
+def wanted_targets(task: str) -> tuple[str, ...]:
+    """Names of the targets that a training forward must be given."""
+    return ("start_positions", "end_positions") if task == "question-answering" else ("labels",)
+
+
 class Choosing:
-    """The choice of one forward: made when a sequence enters its stack, or after pass 1 if it needs scores."""
+    """The choice of one forward: made when a sequence enters its stack, or (by scores) after pass 1."""
 
     def __init__(
         self,
@@ -163,6 +182,7 @@ class Choosing:
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def on_enter(self, side: Side, batch: int, n: int, device: torch.device) -> int | None:
+        """Choose for a sequence that enters its stack; returns how many leading positions are needed."""
         candidates = self._candidates(side, batch, n, device)
         given = self.targets.get("token_choice")
         if given is not None and side == "decoder":
@@ -194,8 +214,8 @@ class Choosing:
             supervised = (self.aligned() != IGNORED).to(device)
             if supervised.shape != (batch, n):
                 raise UserError(
-                    f"labels of shape {tuple(supervised.shape)} do not fit the {batch} sequences of {n} tokens that "
-                    f"the layers of {type(self.plan.head).__name__} see"
+                    f"labels of shape {tuple(supervised.shape)} do not fit the {batch} sequences of "
+                    f"{n} tokens that the layers of {type(self.plan.head).__name__} see"
                 )
         elif self.plan.task == "question-answering":
             ends = torch.stack([self.targets["start_positions"], self.targets["end_positions"]], 1).to(device)

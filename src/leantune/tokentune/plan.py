@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from leantune.anatomy import Pooling, Side, Stack, Task, position_axis
 
-
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -28,15 +27,15 @@ class Plan:
         sides: Side of each invocation.
         calls: Attention calls in each invocation.
         arity: Length of the tuple that a layer returns; None if it returns a tensor.
-        names: Positional parameter names of each layer's forward, by id.
+        names: Positional parameter names of each invocation's forward.
         pooling: What feeds the head; None for tokenwise heads.
         disentangled: DeBERTa attention modules.
         biased: Modules with a learned relative bias (T5).
         parameters: Names of the head's forward parameters.
         has_special: Whether a row's first real token is special ([CLS]) and always chosen.
         truncates: Whether pass 1 may leave out what follows the last chosen position (causal models).
-        full_tail: Whether what follows the last layer insists on the full length (GPT-2's `view`): it then gets
-            it, with 0 on unchosen rows, and the rows are taken again before the head.
+        full_tail: Whether what follows the last layer insists on the full length (GPT-2's `view`): it then
+            gets it, with 0 on unchosen rows, and the rows are taken again before the head.
         shifts: Whether a causal LM's loss compares token t with label t + 1 (nearly all; some do not shift).
         reruns: Whether stretches of layers can be run again from their inputs alone.
     """
@@ -48,7 +47,7 @@ class Plan:
     sides: tuple[Side, ...]
     calls: tuple[int, ...]
     arity: int | None
-    names: dict[int, list[str]]
+    names: tuple[list[str], ...]
     pooling: Pooling | None
     disentangled: tuple[nn.Module, ...]
     biased: tuple[Any, ...]
@@ -100,14 +99,14 @@ class Plan:
 
     def map_positions(
         self,
-        layer: nn.Module,
+        number: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batch: int,
         length: int,
         take: Callable[[Tensor, int], Tensor],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Apply `take(tensor, axis)` to all of a layer's per-position arguments but its hidden states."""
+        """Apply `take(tensor, axis)` to all per-position arguments of an invocation but its hidden states."""
 
         def mapped(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -119,7 +118,7 @@ class Plan:
                 return {key: mapped(name, v) for key, v in value.items()}
             return value
 
-        names = self.names[id(layer)]
+        names = self.names[number]
         new = [a if i == 0 else mapped(names[i] if i < len(names) else "", a) for i, a in enumerate(args)]
         skip = names[0] if not args else None
         return tuple(new), {k: v if k == skip else mapped(k, v) for k, v in kwargs.items()}

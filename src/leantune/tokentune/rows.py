@@ -62,7 +62,7 @@ class Rows:
         return _Write.apply(part, full, self.index, self.real)
 
     def merge(self, part: Tensor, full: Tensor | None = None) -> Tensor:
-        """A new (batch, n, d) with `part` (batch, k, d) in the chosen positions, and a copy of `full` (or 0) else."""
+        """A new (batch, n, d): `part` (batch, k, d) in the chosen positions, `full` (or 0) elsewhere."""
         if full is None:
             full = part.new_zeros(part.size(0), self.length, part.size(2))
         else:
@@ -76,8 +76,8 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, full: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
         ctx.save_for_backward(index, real)
-        # `.data` shares memory but not the version counter: a key that two layers share, or that a checkpointed
-        # layer writes once more (the same values) when it is replayed, is no error for autograd
+        # `.data` shares memory but not the version counter: a key that two layers share, or that a
+        # checkpointed layer writes once more (the same values) when it is replayed, is no error for autograd
         out = full.data
         if real is None:
             out.scatter_(2, _wide(index, part), part.to(out.dtype))
@@ -103,8 +103,8 @@ def _wide(index: Tensor, part: Tensor) -> Tensor:
 class Keep(torch.autograd.Function):
     """Identity on `x` that holds `extra` until the backward pass.
 
-    Checkpointing saves a layer's inputs, but the recorded keys and values reach the layer by another way: they
-    are put where autograd (and whoever measures it) sees them.
+    Checkpointing saves a layer's inputs, but the recorded keys and values reach the layer by another way:
+    they are put where autograd (and whoever measures it) sees them.
     """
 
     @staticmethod

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from leantune.anatomy import Kernel, Side
 from leantune.errors import UserError
-from leantune.tokentune.passes import Call, Recording
+from leantune.tokentune.passes import Call
 from leantune.tokentune.plan import Plan
+from leantune.tokentune.record import Recording
 
 _CHUNK = 128  # queries at a time: no n × n matrix for the whole batch is ever held
 
@@ -62,6 +63,7 @@ class Scorer:
         number = recording.invocations - 1
         if not self.plan.is_last(number) or recording.calls_made > 1:
             return
+        assert call.key is not None
         scaling = kwargs.get("scaling") or query.size(-1) ** -0.5
         batch, heads, n, _ = query.shape
         key = call.key.repeat_interleave(heads // call.key.size(1), 1)  # (batch, heads, n, d)

@@ -13,7 +13,7 @@ from leantune.anatomy import TOKENWISE
 from leantune.errors import UserError
 from leantune.tokentune.config import TokenTuneConfig
 from leantune.tokentune.forward import TokenTuner
-from leantune.tokentune.passes import Recording
+from leantune.tokentune.record import Recording
 
 # relative error (of norms) that is put down to rounding
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 3e-2}
@@ -22,8 +22,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 6e-2, to
 def verify(tuner: TokenTuner, batch: dict[str, Tensor]) -> None:
     """Compare both passes with an ordinary forward; dropout is off meanwhile.
 
-    All tokens chosen: the same loss, and the same gradient with respect to what enters the layers. Half of the
-    tokens chosen, then only early ones: the same outputs on those.
+    All tokens chosen: the same loss, and the same gradient with respect to what enters the layers. Half of
+    the tokens chosen, then only early ones: the same outputs on those.
 
     Raises:
         UserError: They differ, or the passes fail; the model cannot be done.
@@ -49,16 +49,16 @@ def verify(tuner: TokenTuner, batch: dict[str, Tensor]) -> None:
         errors = {"outputs": _error(_at_real(mine[1], tuner), _at_real(expected, tuner))}
         if what == "all tokens":
             errors |= {"loss": _error(mine[0], loss), "gradients": _error(mine[2], gradient)}
-        for of, error in errors.items():
-            if not error <= tolerance:
+        for of, size in errors.items():
+            if not size <= tolerance:
                 raise UserError(
                     f"{name}: with {what} chosen, the two passes do not give the model's own {of} "
-                    f"(relative error {error:.1e}); token selection cannot follow what it does"
+                    f"(relative error {size:.1e}); token selection cannot follow what it does"
                 )
 
 
 def reruns(tuner: TokenTuner, batch: dict[str, Tensor]) -> bool:
-    """Whether each stretch of layers, run again, gives the recorded keys and values to the last bit or nearly."""
+    """Whether each stretch of layers, run again, gives the recorded keys and values."""
     plan = tuner.plan
     inputs, _, _ = tuner.split(batch)
     recording = Recording(plan, lambda *_: None, rerunnable=True)
@@ -81,7 +81,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, logits, and the loss's gradient at the first decoder-side layer's input (batch, n, d)."""
     plan, leaves = tuner.plan, list[Tensor]()
-    layer = plan.layers[plan.sides.index("decoder")]
+    number = plan.sides.index("decoder")
+    layer = plan.layers[number]
 
     per_pass, calls = sum(x is layer for x in plan.layers), [0]
 
@@ -89,7 +90,7 @@ def _run(
         calls[0] += 1
         if (calls[0] - 1) % per_pass:  # a shared layer runs several times; only what enters the stack is cut
             return None
-        name = plan.names[id(module)][0]
+        name = plan.names[number][0]
         leaves.append((args[0] if args else kwargs[name]).detach().requires_grad_())
         return ((leaves[-1], *args[1:]), kwargs) if args else (args, {**kwargs, name: leaves[-1]})
 

@@ -49,9 +49,7 @@ def make_plan(head: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
     trace = _Trace(head, {id(layer): stack.side for stack in stacks for layer in stack.layers})
     trace.run(_inputs(head, task, batch))
     _refuse_layers(head, trace)
-    _refuse_noise(
-        head, _inputs(head, task, batch)
-    )
+    _refuse_noise(head, _inputs(head, task, batch))
     modules = list(head.modules())
     plan = Plan(
         head=head,
@@ -61,7 +59,7 @@ def make_plan(head: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
         sides=tuple(trace.sides),
         calls=tuple(trace.calls[i] for i in range(len(trace.layers))),
         arity=trace.arity,
-        names={id(layer): argument_names(layer) for layer in trace.layers},
+        names=tuple(argument_names(layer) for layer in trace.layers),
         pooling=None if task in TOKENWISE else _find_pooling(head, task, trace.layers[-1], batch),
         disentangled=tuple(m for m in modules if is_disentangled(m)),
         biased=tuple(
@@ -81,7 +79,9 @@ def make_plan(head: PreTrainedModel) -> tuple[Plan, dict[str, Tensor]]:
 def _inputs(head: PreTrainedModel, task: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch without its targets."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
-    return inputs | ({"decoder_input_ids": decoder_inputs(head, batch["labels"])} if task == "seq2seq" else {})
+    return inputs | (
+        {"decoder_input_ids": decoder_inputs(head, batch["labels"])} if task == "seq2seq" else {}
+    )
 
 
 def _refuse_settings(head: PreTrainedModel) -> None:
@@ -173,8 +173,8 @@ def _refuse_layers(head: PreTrainedModel, trace: _Trace) -> None:
     for number, layer in enumerate(trace.layers):
         if not trace.calls[number]:
             raise UserError(
-                f"{name}: layer {number} ({type(layer).__name__}) makes no call through transformers' attention "
-                "interface; it mixes tokens in a way that token selection cannot follow"
+                f"{name}: layer {number} ({type(layer).__name__}) makes no call through transformers' "
+                "attention interface; it mixes tokens in a way that token selection cannot follow"
             )
     changes = sum(a != b for a, b in zip(trace.sides, trace.sides[1:], strict=False))
     if changes > 1 or trace.sides[-1] != "decoder":
@@ -214,8 +214,8 @@ def _refuse_noise(head: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
             outputs.append(output["logits"] if "logits" in output else output["start_logits"])
     if not torch.equal(*outputs):
         raise UserError(
-            f"{type(head).__name__} draws random numbers in training besides dropout (router noise, stochastic "
-            "depth), differently in both passes: switch that off in its config"
+            f"{type(head).__name__} draws random numbers in training besides dropout (router noise, "
+            "stochastic depth), differently in both passes: switch that off in its config"
         )
 
 

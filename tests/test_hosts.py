@@ -11,7 +11,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
-@pytest.mark.parametrize("name", ["_get_output_dir", "_save_checkpoint", "_get_train_sampler", "_prepare_inputs"])
+@pytest.mark.parametrize(
+    "name", ["_get_output_dir", "_save_checkpoint", "_get_train_sampler", "_prepare_inputs"]
+)
 def test_trainer_has(name: str) -> None:
     assert callable(getattr(Trainer, name))
 
@@ -27,7 +29,11 @@ def test_samplers_can_be_seeded() -> None:
 
 def test_training_arguments_have_what_recipes_set() -> None:
     fields = TrainingArguments.__dataclass_fields__
-    for name in ("include_num_input_tokens_seen", "restore_callback_states_from_checkpoint", "logging_nan_inf_filter"):
+    for name in (
+        "include_num_input_tokens_seen",
+        "restore_callback_states_from_checkpoint",
+        "logging_nan_inf_filter",
+    ):
         assert name in fields
 
 
@@ -43,7 +49,9 @@ def test_import_is_light_and_help_is_quick() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("first", ["import peft, leantune", "import leantune.lamda, peft", "import leantune.run"])
+@pytest.mark.parametrize(
+    "first", ["import peft, leantune", "import leantune.lamda, peft", "import leantune.run"]
+)
 def test_registered_whatever_comes_first(first: str) -> None:
     script = f"{first}\nimport peft\nassert 'LAMDA' in peft.PeftType.__members__\n"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leantune.errors import UserError
+from leantune.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,12 +31,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 def main() -> None:
-    """Entry point: the user's mistakes become one clear line and exit code 2, a stop becomes 130 or 143."""
+    """Entry point: mistakes become one clear line and exit code 2, failed runs 1, a stop 130 or 143."""
     try:
         app()
     except UserError as error:
         _complain(str(error))
         sys.exit(2)
+    except RunError as error:
+        _complain(str(error))
+        sys.exit(1)
     except KeyboardInterrupt:
         _complain("stopped")
         sys.exit(130)

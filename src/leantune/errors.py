@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The command line prints the message alone (no traceback) and exits with code 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run went wrong through nobody's slip (the loss became NaN, say): one clear line, exit code 1."""

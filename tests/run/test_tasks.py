@@ -29,7 +29,9 @@ def test_regression_of_pairs(bert_folder: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", rows[:10])
     made = recipe(
         bert_folder, tmp_path, tmp_path / "run",
-        model={"task": "regression"}, data={"text": "a", "text_pair": "b", "label": "score"}, train={"steps": 3},
+        model={"task": "regression"},
+        data={"text": "a", "text_pair": "b", "label": "score"},
+        train={"steps": 3},
     )  # fmt: skip
     run = leantune.train(made, console=quiet())
     assert run.metrics["evaluation"]["test"].keys() == {"loss", "pearson", "spearman", "mean_squared_error"}

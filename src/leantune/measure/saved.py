@@ -66,13 +66,14 @@ def saved_activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
         Size in bytes.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.train()
     try:
         with torch.random.fork_rng(devices=_devices(model)), torch.enable_grad():
             return sum(saved_storages(lambda: model(**batch), exclude=own).values())
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -184,5 +184,5 @@ class Recipe(Strict):
         return "+".join(parts)
 
 
-# Where a recipe names none. From docs/experiments.md: each method's best of a few on several tasks.
+# Where a recipe names none: on the careful side. Small encoders take several times more (docs/experiments).
 USUAL_LEARNING_RATE = {"lamda": 2e-3, "lora": 5e-4, "none": 5e-5}

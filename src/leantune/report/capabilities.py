@@ -25,13 +25,19 @@ class _Check(Protocol):
 
 
 def capability_table(methods: Sequence[Method]) -> Table:
-    """Methods × abilities."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "what", "tasks", *ABILITIES):
-        table.add_column(column, overflow="fold")
+    """A paragraph a method: what it is, for which tasks, what a run with it can do."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
     for method in methods:
-        marks = [YES if method.can.get(ability) else NO for ability in ABILITIES]
-        table.add_row(method.name, method.what, ", ".join(method.tasks), *marks)
+        can = [ability for ability in ABILITIES if method.can.get(ability)]
+        table.add_row(method.name, method.what)
+        table.add_row("", Text(f"recipe  {method.key}", "dim"))
+        table.add_row("", Text(f"tasks   {', '.join(method.tasks)}", "dim"))
+        table.add_row("", Text(f"can     {', '.join(can)}", "dim"))
+        if method.paper:
+            table.add_row("", Text(f"paper   {method.paper}", "dim"))
+        table.add_row()
     return table
 
 

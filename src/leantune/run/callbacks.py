@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leantune.errors import RunError
 from leantune.run.folder import write_text
 
 SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
@@ -62,6 +64,11 @@ class RunLog(TrainerCallback):
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
         line["step_seconds"] = round(self._seconds, 6)
         self._write(line | self.extra())
+        if not math.isfinite(line["loss"]):
+            raise RunError(
+                f"step {state.global_step}: the loss is {line['loss']}; try a lower train.learning_rate "
+                f"(now {args.learning_rate:g}). Checkpoints from before are kept"
+            )
 
     def on_evaluate(
         self,

@@ -6,8 +6,8 @@ recipe → data and model → adapter → training → run folder → evaluation
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
+from leantune.errors import UserError
 from leantune.measure import PeakMemory, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
@@ -86,13 +87,16 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved and `resume=True` goes on.
     """
     console = console or Console(stderr=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("leantune train runs in one process in this release; start it without a launcher")
     folder = RunFolder(recipe.output)
     folder.check_free(recipe, resume, overwrite)
     finished = folder.metrics() if resume else None
     if finished is not None:
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
-    prepared = _prepare(recipe, console)
+    with console.status("reading data and model"):
+        prepared = _prepare(recipe, console)
     checkpoint = _checkpoint(folder, console) if resume else None
     folder.begin(recipe, overwrite)
     facts = _fit(recipe, folder, prepared, checkpoint, console)
@@ -200,10 +204,8 @@ def _finish(
     evaluation = {}
     for name in ("validation", "test"):
         if name in splits:
-            console.print(f"evaluating on the {name} split ({len(splits[name]):,} rows)")
-            began = time.perf_counter()
-            evaluation[name] = evaluate_split(loaded, splits[name], name)
-            facts[f"{name}_seconds"] = time.perf_counter() - began
+            with console.status(f"evaluating on the {name} split ({len(splits[name]):,} rows)"):
+                evaluation[name] = evaluate_split(loaded, splits[name], name)
     sampled = next((splits[name] for name in ("test", "validation") if name in splits), None)
     if sampled is not None:
         rows = sample_predictions(loaded, sampled, SAMPLED_PREDICTIONS)

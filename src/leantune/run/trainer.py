@@ -60,9 +60,6 @@ class LeanTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.world_size > 1:
-            super()._save_checkpoint(model, trial)
-            return
         place = Path(str(self.args.output_dir))
         place.mkdir(parents=True, exist_ok=True)
         step = self.state.global_step
@@ -101,9 +98,12 @@ def training_arguments(recipe: Recipe, checkpoints: Path, has_validation: bool) 
         "include_num_input_tokens_seen": "non_padding",
     }
     try:
-        return TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
+        arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would use DataParallel, which copies the model in every step
+    return arguments
 
 
 def _which_key(recipe: Recipe, reason: str) -> str:

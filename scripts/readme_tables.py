@@ -1,0 +1,68 @@
+"""Write the tables of README and cards from what they are about: the registry, and results in JSON.
+
+python scripts/readme_tables.py            write them
+python scripts/readme_tables.py --check    say which are stale; exit code 1 if any is
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.grid import table as grid_table  # noqa: E402
+from leantune.methods import METHODS  # noqa: E402
+from leantune.report.capabilities import capability_markdown  # noqa: E402
+
+
+def grid(name: str) -> str:
+    """A grid's table with the command that reproduces it."""
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    good = next(row["metrics"] for row in result["rows"] if "metrics" in row)
+    versions, hardware = good["versions"], good["hardware"]
+    machine = ", ".join(hardware["gpus"]) or f"CPU, {hardware['threads']} thread(s) a run"
+    how = f"`{result['command']}`; torch {versions['torch']}, transformers {versions['transformers']}, "
+    return f"{grid_table(result)}\n\n{how}peft {versions['peft']}; {machine}.\n"
+
+
+# Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
+TABLES = {
+    "README.md": {"methods": lambda: capability_markdown(METHODS), "banking77": lambda: grid("banking77")},
+    "src/leantune/lamda/README.md": {
+        "banking77": lambda: grid("banking77"),
+        "trec-start": lambda: grid("trec-start"),
+    },
+}
+
+
+def render(text: str, marker: str, content: str) -> str:
+    """The document with the content between its markers."""
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no markers <!-- {marker} -->")
+    return pattern.sub(lambda match: f"{match[1]}{content}{match[2]}", text)
+
+
+def main() -> int:
+    """Write or check; returns the exit code."""
+    stale = []
+    for document, tables in TABLES.items():
+        path = ROOT / document
+        old = new = path.read_text(encoding="utf-8")
+        for marker, make in tables.items():
+            new = render(new, marker, make())
+        if new != old:
+            stale.append(document)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    for document in stale:
+        print(f"{document}: {'stale' if '--check' in sys.argv else 'written'}")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +33,8 @@ def grid(name: str) -> str:
 # Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
 TABLES = {
     "README.md": {"methods": lambda: capability_markdown(METHODS), "banking77": lambda: grid("banking77")},
-    "src/leantune/lamda/README.md": {
-        "banking77": lambda: grid("banking77"),
-        "trec-start": lambda: grid("trec-start"),
-    },
+    "src/leantune/lamda/README.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
+    "docs/experiments.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
 }
 
 

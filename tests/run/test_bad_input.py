@@ -59,6 +59,10 @@ GOOD = requests(20, 0)
             {"model": {"path": "bundled:nothing"}},
             "model.path = 'bundled:nothing': accepted are bundled:minilm",
         ),
+        (
+            {"model": {"path": "x/model.gguf"}},
+            "model.path = 'x/model.gguf': GGUF files are not in this release",
+        ),
         ({"model": {"path": "./nowhere"}}, "model.path = './nowhere': no such folder"),
         ({"lean": {"adapter": {"type": "lamda", "r": 33}}}, "r=33 is above the size of layer"),
         (

@@ -34,7 +34,18 @@ OWN_FIELDS = {
     "disable_tqdm": "the progress bar is leantune's",
     "restore_callback_states_from_checkpoint": "always on",
     "push_to_hub": "use `leantune export`, then upload",
-}
+    "save_only_model": "a checkpoint without optimizer state cannot be resumed from",
+} | dict.fromkeys(
+    (
+        "load_best_model_at_end",
+        "auto_find_batch_size",
+        "fsdp",
+        "fsdp_config",
+        "deepspeed",
+        "parallelism_config",
+    ),
+    "not in this release",
+)
 
 
 def check_extra_arguments(train: Mapping[str, Any]) -> list[str]:

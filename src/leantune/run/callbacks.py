@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leantune.errors import RunError
+from leantune.measure import StepClock
 from leantune.run.folder import write_text
 
 SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
@@ -28,26 +28,27 @@ class RunLog(TrainerCallback):
     def __init__(self, file: Path, extra: Callable[[], dict[str, float]] = dict) -> None:
         self.file = file
         self.extra = extra
-        self._began = 0.0
+        self._clock = StepClock()
         self._seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop lines from after the checkpoint that this run resumes from."""
+        """Drop lines from after the checkpoint that this run resumes from; set up the clock."""
+        self._clock = StepClock(args.device)
         write_text(self.file, "".join(_upto(self.file, state.global_step)))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock (with gradient accumulation a step is the whole of it)."""
-        self._began = time.perf_counter()
+        self._clock.start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock."""
-        self._seconds = time.perf_counter() - self._began
+        self._seconds = self._clock.stop()
 
     def on_log(
         self,

@@ -31,6 +31,10 @@ def resolve(path: str) -> str:
     """
     if path.startswith("bundled:"):
         return _bundled(path)
+    if path.endswith(".gguf"):
+        raise UserError(
+            f"model.path = {path!r}: GGUF files are not in this release; give a folder or a hub name"
+        )
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():

@@ -83,9 +83,13 @@ def load_config(recipe: ModelRecipe, **changes: Any) -> PretrainedConfig:
         UserError: There is none to be had.
     """
     try:
-        return AutoConfig.from_pretrained(resolve(recipe.path), trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(resolve(recipe.path), trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(recipe.path, "config", error) from None
+    for name, value in changes.items():  # transformers passes over keys that it does not know
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    return config
 
 
 def load_base(

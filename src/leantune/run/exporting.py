@@ -16,7 +16,7 @@ from leantune.lamda import save_as_lora
 from leantune.run import lean
 from leantune.run.folder import whole_folder, write_text
 from leantune.run.loading import LoadedRun, attach_saved, base_for_run, open_run
-from leantune.run.models import load_base, resolve
+from leantune.run.models import load_base, quiet_transformers, resolve
 
 KINDS = ("lora", "merged", "pruned")
 FIXED_TEXTS = ("The quick brown fox jumps over the lazy dog.", "Where is my card? It was sent 2 weeks ago!")
@@ -58,7 +58,8 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
     with whole_folder(place) as folder:
         inputs = _fixed_inputs(loaded)
         expected = _logits(loaded.model, inputs)
-        write(folder)
+        with quiet_transformers():
+            write(folder)
         if to == "lora":
             loaded.config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +111,24 @@ def load_base(
     options: dict[str, Any] = {"dtype": DTYPES[recipe.dtype], "config": config, "trust_remote_code": False}
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the report on head weights that are new is no news here
-    transformers_logging.disable_progress_bar()
     try:
-        model = auto_class.from_pretrained(source or resolve(recipe.path), **options)
+        with quiet_transformers():  # the report on head weights that are new is no news here
+            return auto_class.from_pretrained(source or resolve(recipe.path), **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_open(recipe.path, "model", error) from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Load and write weights without transformers' own reports and bars (downloads still show theirs)."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-    return model
 
 
 def _cannot_open(path: str, what: str, error: Exception) -> UserError:

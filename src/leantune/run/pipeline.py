@@ -29,7 +29,7 @@ from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
 from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
 from leantune.run.loading import open_run
-from leantune.run.models import load_base, load_config, load_tokenizer
+from leantune.run.models import load_base, load_config, load_tokenizer, quiet_transformers
 from leantune.run.prediction import sample_predictions
 from leantune.run.tasks import Task, make_task
 from leantune.run.tasks.base import effective_max_length
@@ -190,7 +190,7 @@ def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
 def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:
     """The trained weights, with the config (label names) and tokenizer that make them usable."""
     full = not lean.is_adapted(prepared.model)
-    with whole_folder(folder.model if full else folder.adapter) as place:
+    with whole_folder(folder.model if full else folder.adapter) as place, quiet_transformers():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place)
         prepared.config.save_pretrained(place)
         prepared.tokenizer.save_pretrained(place)

@@ -34,7 +34,9 @@ def grid(name: str) -> str:
 TABLES = {
     "README.md": {"methods": lambda: capability_markdown(METHODS), "banking77": lambda: grid("banking77")},
     "src/leantune/lamda/README.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
-    "docs/experiments.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
+    "docs/experiments.md": {
+        name: partial(grid, name) for name in ("banking77", "trec-start", "tokentune-trec")
+    },
 }
 
 

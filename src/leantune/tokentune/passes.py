@@ -16,6 +16,7 @@ before a layer, at an attention call and after a layer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -53,7 +54,7 @@ class Call:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Pass:
+class Pass(ABC):
     """Where a forward stands: which invocation of a layer, which attention call inside it."""
 
     def __init__(self, plan: Plan) -> None:
@@ -76,7 +77,7 @@ class Pass:
         finally:
             current_pass.reset(token)
 
-    def prepare(self, stack: ExitStack) -> None:
+    def prepare(self, stack: ExitStack) -> None:  # noqa: B027 - not every pass has something to prepare
         """Put further things in place for the duration of the pass."""
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -99,6 +100,7 @@ class Pass:
         assert self.inside is not None
         return self.plan.sides[self.inside]
 
+    @abstractmethod
     def attend(
         self,
         kernel: Kernel,
@@ -111,7 +113,6 @@ class Pass:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """An attention call."""
-        raise NotImplementedError
 
 
 def shadow(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None:

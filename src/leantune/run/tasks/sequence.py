@@ -113,6 +113,11 @@ class SequenceTask(Task):
         text = self.data.text or next(name for name in TEXT_COLUMNS if name in row)
         return row[text], row[self.data.text_pair] if self.data.text_pair else None
 
+    def _raw_label(self, row: dict[str, Any]) -> Any:
+        """What stands in a row's label column; None where there is none."""
+        column = self.data.label or next((name for name in LABEL_COLUMNS if name in row), None)
+        return row.get(column) if column else None
+
     @torch.no_grad()
     def predict(
         self,
@@ -149,6 +154,7 @@ class Classification(SequenceTask):
         super().__init__(recipe, config)
         self.labels: list[str] = [] if config is None else label_names(config)
         self.index = {name: number for number, name in enumerate(self.labels)}
+        self._feature_names: list[str] | None = None  # of a ClassLabel column: its numbers stand for these
 
     def _head(self, train: Dataset) -> dict[str, Any]:
         column = self._columns(train, "the train split")[2]
@@ -199,11 +205,10 @@ class Classification(SequenceTask):
 
     def read_label(self, row: dict[str, Any]) -> str | None:
         """The label's name."""
-        column = self.data.label or next((name for name in LABEL_COLUMNS if name in row), None)
-        value = row.get(column) if column else None
+        value = self._raw_label(row)
         if value is None:
             return None
-        names = getattr(self, "_feature_names", None)
+        names = self._feature_names
         return names[value] if names is not None and isinstance(value, int) else str(value)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -267,8 +272,8 @@ class Regression(SequenceTask):
 
     def read_label(self, row: dict[str, Any]) -> float | None:
         """The target value."""
-        column = self.data.label or next((name for name in LABEL_COLUMNS if name in row), None)
-        return float(row[column]) if column and row.get(column) is not None else None
+        value = self._raw_label(row)
+        return None if value is None else float(value)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Pearson's and Spearman's correlation (0 where one side is constant) and the mean squared error."""

@@ -1,7 +1,7 @@
 """leantune: fine-tune transformers with less memory, time and parameters.
 
-Importing this package makes LaMDA known to PEFT and costs milliseconds: every public name below is loaded
-on first use.
+Importing this package makes LaMDA and the bottleneck Adapter known to PEFT and costs milliseconds: every
+public name below is loaded on first use.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from leantune._imports import after_import
 from leantune._version import __version__
 
 if TYPE_CHECKING:
+    from leantune.bottleneck import BottleneckConfig, BottleneckModel
     from leantune.errors import UserError
     from leantune.lamda import (
         LamdaConfig,
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
         lamda_to_lora,
         save_as_lora,
     )
+    from leantune.lightpeft import (
+        LightPeftConfig,
+        LightPeftEstimation,
+        PruningPlan,
+        attach_masks,
+        detach_masks,
+        learned_plan,
+        prune,
+    )
     from leantune.measure import saved_activation_bytes
     from leantune.recipes import Recipe
-    from leantune.run import evaluate, export, load, predict, train
+    from leantune.run import TaskSwitcher, evaluate, export, load, predict, train
     from leantune.tokentune import (
         ChoosingCollator,
         TokenTuneConfig,
@@ -36,6 +46,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "UserError": "leantune.errors",
+    "BottleneckConfig": "leantune.bottleneck",
+    "BottleneckModel": "leantune.bottleneck",
     "LamdaConfig": "leantune.lamda",
     "LamdaModel": "leantune.lamda",
     "LamdaFreezing": "leantune.lamda",
@@ -48,6 +60,13 @@ _HOME = {
     "TokenTuneState": "leantune.tokentune",
     "token_tune": "leantune.tokentune",
     "chosen_tokens": "leantune.tokentune",
+    "LightPeftConfig": "leantune.lightpeft",
+    "LightPeftEstimation": "leantune.lightpeft",
+    "PruningPlan": "leantune.lightpeft",
+    "attach_masks": "leantune.lightpeft",
+    "detach_masks": "leantune.lightpeft",
+    "learned_plan": "leantune.lightpeft",
+    "prune": "leantune.lightpeft",
     "saved_activation_bytes": "leantune.measure",
     "Recipe": "leantune.recipes",
     "train": "leantune.run",
@@ -55,26 +74,37 @@ _HOME = {
     "predict": "leantune.run",
     "export": "leantune.run",
     "load": "leantune.run",
+    "TaskSwitcher": "leantune.run",
 }
 
 __all__ = [
+    "BottleneckConfig",
+    "BottleneckModel",
     "ChoosingCollator",
     "LamdaConfig",
     "LamdaFreezing",
     "LamdaModel",
+    "LightPeftConfig",
+    "LightPeftEstimation",
+    "PruningPlan",
     "Recipe",
+    "TaskSwitcher",
     "TokenTuneConfig",
     "TokenTuneState",
     "UserError",
     "__version__",
+    "attach_masks",
     "chosen_tokens",
+    "detach_masks",
     "evaluate",
     "export",
     "freeze_columns",
     "frozen_columns",
     "lamda_to_lora",
+    "learned_plan",
     "load",
     "predict",
+    "prune",
     "save_as_lora",
     "saved_activation_bytes",
     "token_tune",
@@ -95,7 +125,8 @@ def __dir__() -> list[str]:
 
 
 def _register_peft_methods() -> None:
-    importlib.import_module("leantune.lamda")
+    for method in ("lamda", "bottleneck"):
+        importlib.import_module(f"leantune.{method}")
 
 
 after_import("peft", _register_peft_methods)

@@ -1,0 +1,63 @@
+"""Rows of one batch through different adapters: `model(..., adapter_names=[...])`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+class MixedBatch(BaseTuner):
+    """The part of a tuner that hands `adapter_names` down to its layers. It has no state of its own."""
+
+    tuner_layer_cls: Any
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names=[...]` (one adapter a row, inference only) down to every adapted layer."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        # Beam search repeats every row in the decoder; an encoder sees the original batch.
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoded = self._encoder_modules()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, self.tuner_layer_cls | AuxiliaryTrainingWrapper):
+                names = adapter_names if module in encoded else repeated
+                hook = partial(_with_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        if not isinstance(encoder, nn.Module) or encoder is self.model:
+            return set()
+        return set(encoder.modules())
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, self.tuner_layer_cls)]
+        unknown = set(adapter_names) - {name for layer in layers for name in layer.r} - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+
+def _with_adapter_names(
+    module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]
+) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

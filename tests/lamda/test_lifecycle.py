@@ -178,7 +178,7 @@ def test_several_adapters(family: str, logits: Any) -> None:
         layer.set_adapter(["default", "second"])
         x = torch.randn(2, layer.in_features)
         both = layer(x) - layer.base_layer(x)
-        each = [layer._delta(name, x) for name in ("default", "second")]
+        each = [layer.adapter_output(name, x) for name in ("default", "second")]
         torch.testing.assert_close(both, each[0] + each[1], **CLOSE)
     model.base_model.set_adapter("default")
     # A batch whose rows use different adapters.

@@ -242,7 +242,7 @@ class LamdaLinear(nn.Module, Merging):
             return result
         for adapter_name in self.active_adapters:
             if adapter_name in self.lamda_S:
-                result = result + self._delta(adapter_name, x).to(result.dtype)
+                result = result + self.adapter_output(adapter_name, x).to(result.dtype)
         return result
 
     def _mixed_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -260,11 +260,14 @@ class LamdaLinear(nn.Module, Merging):
             rows = torch.tensor(
                 [i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device
             )
-            result = result.index_add(0, rows, self._delta(adapter_name, x[rows]).to(result.dtype))
+            result = result.index_add(0, rows, self.adapter_output(adapter_name, x[rows]).to(result.dtype))
         return result
 
-    def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """s [ B0 dS + dB (S0 + dS) ] A x, in the dtype of x (under autocast, of autocast)."""
+    def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the adapter adds, s [ B0 dS + dB (S0 + dS) ] A x: (..., d_in) -> (..., d_out).
+
+        In the dtype of x (under autocast, of autocast).
+        """
         if self.pending:
             self.materialize(adapter_name)
         # Cast A, not x: a cast copy of x would be kept for every layer.

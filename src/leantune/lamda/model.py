@@ -28,6 +28,17 @@ class LamdaModel(BaseTuner):
     tuner_layer_cls = LamdaLinear
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    @classmethod
+    def tensor_axes_for(cls, config: LamdaConfig) -> dict[str, tuple[str, ...]]:
+        """What each axis of a saved tensor runs over; Light-PEFT prunes adapters by it."""
+        return {
+            "lamda_A": ("rank", "in"),
+            "lamda_S": ("rank", "rank"),
+            "lamda_S0": ("rank",),
+            "lamda_B": ("out", "rank"),
+            "lamda_B0": ("out", "rank"),
+        }
+
     def _create_and_replace(  # type: ignore[override]
         self,
         config: LamdaConfig,

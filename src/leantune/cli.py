@@ -180,10 +180,19 @@ def export(
     to: Annotated[str, typer.Option(help="lora | merged | pruned")],
     out: Annotated[str, typer.Option(help="The new folder.")],
 ) -> None:
-    """A plain PEFT LoRA or a merged checkpoint; compared with the run before it says done."""
+    """A plain PEFT LoRA or a merged or pruned checkpoint; compared with the run before it says done."""
     from leantune.run import export as export_run
 
     done = export_run(run, to, out)
+    if done.kind == "lora" and (Path(run) / "pruning").is_dir():
+        typer.echo(f"{done.folder}: lora, recovered onto the whole base")
+        if done.evaluation is None:
+            typer.echo("not evaluated there: the run's data is not to be had")
+        else:
+            from leantune.report import metrics_table
+
+            _console().print(metrics_table(done.evaluation))
+        return
     difference = f"largest difference {done.max_abs_difference:.1e}"
     typer.echo(f"{done.folder}: {done.kind}, outputs equal to the run's ({difference})")
 

@@ -20,7 +20,8 @@ class Method:
 
 ALL_TASKS = ("classification", "regression", "causal-lm")
 # What a run with the method can do; a missing key means no.
-ABILITIES = ("resume", "bf16", "checkpointing", "export lora", "export merged")
+ABILITIES = ("resume", "bf16", "checkpointing", "export lora", "export merged", "export pruned")
+WHOLE = ABILITIES[:-1]  # all that a method can do that does not prune
 
 
 def _can(*names: str) -> dict[str, bool]:
@@ -35,7 +36,25 @@ METHODS: tuple[Method, ...] = (
         paper="Azizi et al. 2024, arXiv 2406.12832",
         card="src/leantune/lamda/README.md",
         tasks=ALL_TASKS,
-        can=_can(*ABILITIES),
+        can=_can(*WHOLE),
+    ),
+    Method(
+        name="bottleneck",
+        key="lean.adapter.type: bottleneck",
+        what="the Adapter: a small two-layer network behind (serial) or beside (parallel) a layer",
+        paper="Houlsby et al. 2019, arXiv 1902.00751",
+        card="src/leantune/bottleneck/README.md",
+        tasks=ALL_TASKS,
+        can=_can("resume", "bf16", "checkpointing"),
+    ),
+    Method(
+        name="light-peft",
+        key="lean.prune: {heads: 1/3, neurons: 1/3}",
+        what="learn masks, then prune base and adapter for real; with any adapter; the base on disk stays",
+        paper="Gu et al. 2024, arXiv 2406.03792",
+        card="src/leantune/lightpeft/README.md",
+        tasks=ALL_TASKS,
+        can=_can("resume", "bf16", "checkpointing", "export lora", "export pruned"),
     ),
     Method(
         name="tokentune",
@@ -44,7 +63,7 @@ METHODS: tuple[Method, ...] = (
         paper="Simoulin, Park et al. 2024, arXiv 2501.18824",
         card="src/leantune/tokentune/README.md",
         tasks=ALL_TASKS,
-        can=_can(*ABILITIES),
+        can=_can(*WHOLE),
     ),
     Method(
         name="lora",
@@ -53,7 +72,7 @@ METHODS: tuple[Method, ...] = (
         paper="Hu et al. 2021, arXiv 2106.09685",
         card=None,
         tasks=ALL_TASKS,
-        can=_can(*ABILITIES),
+        can=_can(*WHOLE),
     ),
     Method(
         name="full",

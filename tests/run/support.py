@@ -15,9 +15,27 @@ from leantune.recipes.loading import validate
 SETTINGS: dict[str, dict[str, Any]] = {
     "lamda": {"adapter": {"type": "lamda", "r": 4}},
     "lora": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}},
+    "bottleneck": {"adapter": {"type": "bottleneck", "r": 4, "dropout": 0.1}},
     "full": {"adapter": {"type": "none"}},
     "tokentune": {"adapter": {"type": "none"}, "tokens": {"keep": 0.5}},
     "lamda+tokentune": {"adapter": {"type": "lamda", "r": 4}, "tokens": {"keep": 0.5}},
+    "lora+light-peft": {
+        "adapter": {"type": "lora", "r": 4, "dropout": 0.1},
+        "prune": {"heads": "1/4", "neurons": "1/3", "modules": 0.5, "ranks": 0.5, "estimate_steps": 4},
+    },
+    "lamda+light-peft": {
+        "adapter": {"type": "lamda", "r": 4},
+        "prune": {"ranks": 0.25, "estimate_steps": 0.5},
+    },
+    "bottleneck+light-peft": {
+        "adapter": {"type": "bottleneck", "r": 4},
+        "prune": {"modules": 0.25, "ranks": 0.25, "estimate_steps": 4},
+    },
+    "lean": {
+        "adapter": {"type": "lamda", "r": 4},
+        "prune": {"estimate_steps": 4, "heads": "1/4", "heads_scope": "global"},
+        "tokens": {"keep": 0.5},
+    },
     "lora+tokentune": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "tokens": {"keep": 4}},
 }
 

@@ -61,7 +61,7 @@ GOOD = requests(20, 0)
         ),
         (
             {"model": {"path": "x/model.gguf"}},
-            "model.path = 'x/model.gguf': GGUF files are not in this release",
+            "model.path = 'x/model.gguf': no such file",
         ),
         ({"model": {"path": "./nowhere"}}, "model.path = './nowhere': no such folder"),
         ({"lean": {"adapter": {"type": "lamda", "r": 33}}}, "r=33 is above the size of layer"),

@@ -76,7 +76,9 @@ def test_parameters_are_counted(finished: Any) -> None:
     assert counts["head"] == head
     if finished.recipe.lean.adapter.type == "lamda":
         modules = sum("lamda_S" in name for name, _ in model.named_parameters())
-        assert counts["trainable_end"] == 16 * modules + head
+        squares = sum(p.numel() for name, p in model.named_parameters() if "lamda_S" in name)
+        assert finished.recipe.lean.prune or squares == 16 * modules
+        assert counts["trainable_end"] == squares + head
         assert counts["trainable_start"] > counts["trainable_end"]
     if finished.recipe.lean.adapter.type == "none":
         assert counts["trainable_end"] == counts["total"] == sum(p.numel() for p in model.parameters())
@@ -98,6 +100,8 @@ def test_predict(finished: Any) -> None:
 
 
 def test_export(finished: Any, tmp_path: Path) -> None:
+    if finished.recipe.lean.prune is not None:
+        return  # another matter: test_pruned.py
     merged = leantune.export(finished.folder, "merged", tmp_path / "merged")
     assert merged.max_abs_difference <= 1e-5
     if finished.recipe.lean.adapter.type == "none":
@@ -142,6 +146,8 @@ def test_an_export_that_differs_is_refused(
 ) -> None:
     from leantune.run import exporting as module
 
+    if finished.recipe.lean.prune is not None:
+        return
     reopen = module._reopen
 
     def wrong(*args: Any) -> torch.nn.Module:
@@ -265,6 +271,18 @@ def test_bf16_and_checkpointing(bert_folder: Path, data_folder: Path, tmp_path: 
         one, other = (leantune.train(made, console=quiet()).metrics for made in (plain, lighter))
         assert other["memory"]["saved_activation_bytes"] < 0.5 * one["memory"]["saved_activation_bytes"]
         assert all(math.isfinite(value) for value in other["evaluation"]["test"].values())
+
+
+def test_accumulated_micro_batches_are_averaged(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """4 × 4 rows are a step of 16: transformers' own arithmetic makes its gradient four times as large."""
+    one = {"epochs": 1, "train_sampling_strategy": "sequential"}
+    four = {**one, "batch_size": 4, "gradient_accumulation_steps": 4}
+    for name, train in (("one", one), ("four", four)):
+        made = recipe(bert_folder, data_folder, tmp_path / name, SETTINGS["full"], train=train)
+        leantune.train(made, console=quiet())
+    logs = [callbacks.read_log(tmp_path / name / "log.jsonl") for name in ("one", "four")]
+    norms = [[line["grad_norm"] for line in log if "grad_norm" in line] for log in logs]
+    assert norms[0] == pytest.approx(norms[1], rel=0.5)  # dropout differs
 
 
 def test_two_runs_with_one_seed_are_equal(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:

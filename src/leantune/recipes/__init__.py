@@ -3,12 +3,14 @@
 from leantune.recipes.loading import load_recipe, parse_overrides
 from leantune.recipes.schema import (
     AdapterRecipe,
+    BottleneckRecipe,
     DataRecipe,
     FullRecipe,
     LamdaRecipe,
     LeanRecipe,
     LoraRecipe,
     ModelRecipe,
+    PruneRecipe,
     Recipe,
     TokensRecipe,
     TrainRecipe,
@@ -16,12 +18,14 @@ from leantune.recipes.schema import (
 
 __all__ = [
     "AdapterRecipe",
+    "BottleneckRecipe",
     "DataRecipe",
     "FullRecipe",
     "LamdaRecipe",
     "LeanRecipe",
     "LoraRecipe",
     "ModelRecipe",
+    "PruneRecipe",
     "Recipe",
     "TokensRecipe",
     "TrainRecipe",

@@ -112,7 +112,7 @@ def _line(data: Mapping[str, Any], details: ErrorDetails) -> str:
         tags = context["expected_tags"]
         return f"{key}.type = {context['tag']!r}: accepted are {tags}{_near(context['tag'], tags)}"
     if kind == "union_tag_not_found":
-        return f"{key}.type is missing: accepted are 'lamda', 'lora', 'none'"
+        return f"{key}.type is missing: accepted are 'lamda', 'lora', 'bottleneck', 'none'"
     if kind in _BOUND:
         word, name = _BOUND[kind]
         return f"{given}: must be {word} {context[name]}"

@@ -5,6 +5,7 @@ Field descriptions become the JSON schema's (`leantune recipe-schema`) and so an
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,13 +97,34 @@ class LoraRecipe(Strict):
     exclude_modules: Modules | None = None
 
 
+class BottleneckRecipe(Strict):
+    """The bottleneck Adapter: a small two-layer network behind (serial) or beside (parallel) a layer."""
+
+    type: Literal["bottleneck"]
+    r: PositiveInt = Field(64, description="width of the bottleneck")
+    mode: Literal["serial", "parallel"] = Field(
+        "serial", description="serial: reads the layer's output; parallel: its input"
+    )
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "houlsby",
+        description="without target_modules: behind attention and feed-forward, or the latter alone",
+    )
+    activation: Literal["relu", "gelu", "silu", "swish", "tanh"] = "relu"
+    alpha: PositiveFloat | None = Field(None, description="scaling is alpha / r; null: alpha = r")
+    dropout: Probability = Field(0.0, description="on the r activated numbers")
+    target_modules: Modules | None = Field(None, description="which layers; null: as placement says")
+    exclude_modules: Modules | None = Field(None, description="which layers not, as in PEFT")
+
+
 class FullRecipe(Strict):
     """No adapter: full fine-tuning."""
 
     type: Literal["none"]
 
 
-AdapterRecipe = Annotated[LamdaRecipe | LoraRecipe | FullRecipe, Field(discriminator="type")]
+AdapterRecipe = Annotated[
+    LamdaRecipe | LoraRecipe | BottleneckRecipe | FullRecipe, Field(discriminator="type")
+]
 
 
 def _tokens_to_keep(value: Any) -> Any:
@@ -122,13 +144,74 @@ class TokensRecipe(Strict):
     strategy: Literal["random", "supervised", "loss", "attention", "norm"] = "random"
 
 
+def _ratio(value: Any) -> Any:
+    try:
+        exact = Fraction(value if isinstance(value, str) else repr(value))
+    except (ValueError, ZeroDivisionError):
+        exact = Fraction(-1)
+    if isinstance(value, bool) or not 0 <= exact < 1:
+        raise ValueError('must be a share in [0, 1), as a number or as "1/3"')
+    return value
+
+
+def _steps_or_share(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value > 1
+    share = isinstance(value, float) and 0 < value <= 1
+    if not whole and not share:
+        raise ValueError("must be a whole number above 1, or a share of the run above 0 and at most 1.0")
+    return value
+
+
+Ratio = Annotated[float | str, BeforeValidator(_ratio)]
+
+
+class PruneRecipe(Strict):
+    """Light-PEFT: learn early what the task does not need, prune base and adapter, train what is left."""
+
+    heads: Ratio = Field("1/3", description="share of attention heads (KV groups) that goes")
+    neurons: Ratio = Field("1/3", description="share of FFN neurons that goes")
+    modules: Ratio = Field(0.0, description="share of the adapter's modules that goes")
+    ranks: Ratio = Field(0.0, description="share of the remaining modules' ranks that goes")
+    estimate_steps: Annotated[int | float, BeforeValidator(_steps_or_share)] = Field(
+        100, description="steps of the masked first stage (a whole number), or a share of the run (up to 1.0)"
+    )
+    choose: Literal["masks", "random"] = Field(
+        "masks", description="by the learned masks; random is the control that they have to beat"
+    )
+    heads_scope: Literal["layer", "global"] = Field(
+        "layer", description="the same number in each layer, or not"
+    )
+    neurons_scope: Literal["layer", "global"] = Field(
+        "global", description="the same number in each layer, or not"
+    )
+    width_multiple: PositiveInt = Field(8, description="kept FFN widths are multiples of this")
+    least_neurons: Share = Field(0.1, description="share of an FFN that stays under the global scope")
+    lambda_heads: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1e-4, description="L1 penalty on head masks"
+    )
+    lambda_neurons: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1e-4, description="L1 penalty on neuron masks"
+    )
+    mask_learning_rate: PositiveFloat = Field(1e-2, description="of the masks")
+    taylor: Literal["terms", "sum"] = Field(
+        "terms", description="importance of a rank: sum of |w·g|, or |sum of w·g|"
+    )
+    fold: bool = Field(True, description="scale what stays by its masks, so that pruning does not move it")
+
+
 class LeanRecipe(Strict):
     """Which methods, alone or together."""
 
     adapter: AdapterRecipe = FullRecipe(type="none")
-    prune: None = Field(None, description="Light-PEFT: not in this release, must be null")
+    prune: PruneRecipe | None = None
     tokens: TokensRecipe | None = None
     quantize: None = Field(None, description="quantised base: not in this release, must be null")
+
+    @model_validator(mode="after")
+    def _prune_needs_an_adapter(self) -> LeanRecipe:
+        if self.prune is not None and self.adapter.type == "none":
+            raise ValueError("prune works on base and adapter together: set lean.adapter, to lora say")
+        return self
 
 
 class TrainRecipe(BaseModel):
@@ -178,11 +261,12 @@ class Recipe(Strict):
     def method(self) -> str:
         """The run's method in one word or two: `lamda`, `lora`, `full`, `lamda+tokentune`, …"""
         adapter = self.lean.adapter.type
-        parts = ["tokentune"] if self.lean.tokens is not None else []
+        parts = ["light-peft"] if self.lean.prune is not None else []
+        parts += ["tokentune"] if self.lean.tokens is not None else []
         if adapter != "none" or not parts:
             parts.insert(0, "full" if adapter == "none" else adapter)
         return "+".join(parts)
 
 
 # Where a recipe names none: on the careful side. Small encoders take several times more (docs/experiments).
-USUAL_LEARNING_RATE = {"lamda": 2e-3, "lora": 5e-4, "none": 5e-5}
+USUAL_LEARNING_RATE = {"lamda": 2e-3, "lora": 5e-4, "bottleneck": 5e-4, "none": 5e-5}

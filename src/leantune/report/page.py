@@ -26,6 +26,7 @@ from leantune.report.formats import (
     real_metrics,
 )
 from leantune.report.predictions import Verdict, read_prediction, spread, surest_mistakes
+from leantune.report.pruning import read_pruning
 from leantune.report.runlog import RunLog, read_jsonl, read_log
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "score": facts.score(metrics),
         "costs": facts.costs(metrics),
         "remarks": _remarks(run.log),
+        "pruning": read_pruning(run.folder),
         "tables": {
             "Parameters": facts.parameter_facts(metrics),
             "Memory": facts.memory_facts(metrics),

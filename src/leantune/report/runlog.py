@@ -97,7 +97,7 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_log(path: Path) -> RunLog:
-    """The log at `path`.
+    """The log at `path`: of the training itself, where a run has several stages.
 
     A run that was resumed from an earlier checkpoint logs some steps twice: the later line holds.
     """
@@ -105,6 +105,8 @@ def read_log(path: Path) -> RunLog:
     steps: dict[float, dict[str, Any]] = {}
     evaluations: dict[tuple[float, str], dict[str, Any]] = {}
     for row in rows:
+        if row.get("stage") is not None:
+            continue  # of the stage before: estimation
         if not is_finite(row.get("step")):
             unreadable += 1
         elif row.get("evaluation") is not None:

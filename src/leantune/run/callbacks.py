@@ -23,11 +23,21 @@ SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_pre
 
 
 class RunLog(TrainerCallback):
-    """`log.jsonl`: one line a training step, one line an evaluation."""
+    """`log.jsonl`: one line a training step, one line an evaluation.
 
-    def __init__(self, file: Path, extra: Callable[[], dict[str, float]] = dict) -> None:
+    Args:
+        file: The log.
+        extra: More figures for a step's line.
+        stage: Written into every line where a run has several stages; the last stage, the training itself,
+            has None.
+    """
+
+    def __init__(
+        self, file: Path, extra: Callable[[], dict[str, float]] = dict, stage: str | None = None
+    ) -> None:
         self.file = file
         self.extra = extra
+        self.stage = stage
         self._clock = StepClock()
         self._seconds = 0.0
 
@@ -36,7 +46,7 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Drop lines from after the checkpoint that this run resumes from; set up the clock."""
         self._clock = StepClock(args.device)
-        write_text(self.file, "".join(_upto(self.file, state.global_step)))
+        write_text(self.file, "".join(_upto(self.file, state.global_step, self.stage)))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,25 +96,29 @@ class RunLog(TrainerCallback):
         self._write(line | {"evaluation": "validation"} | plain_metrics(metrics, "eval"))
 
     def _write(self, line: dict[str, Any]) -> None:
+        if self.stage is not None:
+            line = {"stage": self.stage} | line
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The log's lines as plain data."""
-    return [json.loads(line) for line in _upto(file, None)]
+def read_log(file: Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """One stage's lines of the log as plain data."""
+    lines = [json.loads(line) for line in _upto(file, None, stage)]
+    return [line for line in lines if line.get("stage") == stage]
 
 
-def _upto(file: Path, step: int | None) -> Iterator[str]:
-    """Whole lines up to a step; a line that a crash cut short is left out."""
-    if not file.is_file() or step == 0:
+def _upto(file: Path, step: int | None, stage: str | None) -> Iterator[str]:
+    """Whole lines up to a step of a stage, with all of the stages before; half a line is left out."""
+    if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            at = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            content = json.loads(line)
+            at, of = content["step"], content.get("stage")
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if step is None or at <= step:
+        if (of == stage and (step is None or at <= step)) or (stage is None and of is not None):
             yield line
 
 

@@ -38,8 +38,8 @@ def examine() -> list[Check]:
         Check(name, False, "missing", f"pip install {name}") for name in PACKAGES if name not in versions()
     ]
     checks.append(_device())
-    registered = "LAMDA" in PeftType.__members__
-    checks.append(Check("LaMDA in PEFT", registered, "registered" if registered else "not registered"))
+    registered = {"LAMDA", "BOTTLENECK"} <= PeftType.__members__.keys()
+    checks.append(Check("own PEFT methods", registered, "registered" if registered else "not registered"))
     for name, (package, _, install) in BUNDLED.items():
         there = importlib.util.find_spec(package) is not None
         checks.append(_optional(f"bundled:{name}", there, f"pip install '{install}'"))

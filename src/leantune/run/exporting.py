@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
+from leantune.anatomy import find_groups
 from leantune.errors import UserError
-from leantune.lamda import save_as_lora
+from leantune.lamda import lamda_to_lora, save_as_lora
+from leantune.lightpeft import Adapter, grow, plain_config, take
 from leantune.run import lean
+from leantune.run.data import open_splits
+from leantune.run.evaluation import evaluate_split
 from leantune.run.folder import whole_folder, write_text
 from leantune.run.loading import LoadedRun, attach_saved, base_for_run, open_run
 from leantune.run.models import load_base, quiet_transformers, resolve
@@ -26,11 +31,20 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that was compared with its run."""
+    """An export that was compared with its run.
+
+    Attributes:
+        folder: Where it lies.
+        kind: `lora`, `merged` or `pruned`.
+        max_abs_difference: Of logits on fixed inputs.
+        evaluation: Of a pruned run's adapter on the whole base, which is another model and not an equal one:
+            `{"run": {metric: value}, "recovered": {metric: value}}`; None where the data is gone.
+    """
 
     folder: Path
     kind: str
     max_abs_difference: float
+    evaluation: dict[str, dict[str, float]] | None = None
 
 
 def export(run: str | Path, to: str, out: str | Path) -> Exported:
@@ -38,8 +52,10 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
 
     Args:
         run: The run folder.
-        to: `lora` (a PEFT LoRA of the same rank, which opens without leantune) or `merged` (a plain
-            checkpoint with the adapter folded in; after full fine-tuning, the model itself).
+        to: `lora` (a PEFT LoRA of the same rank, which opens without leantune; that of a pruned run is put
+            back on the whole base, LoRAM's recovery, and evaluated there), `merged` (a plain checkpoint with
+            the adapter folded in; after full fine-tuning, the model itself), or `pruned` (the same of a
+            pruned run, if the architecture's config can express it).
         out: A folder that does not exist yet or is empty.
 
     Returns:
@@ -55,6 +71,8 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
         raise UserError(f"--out {out}: is there already and not empty")
     loaded = open_run(run)
     write = _writer(loaded, to)
+    recovered = loaded.plan is not None and to == "lora"
+    evaluation = None
     with whole_folder(place) as folder:
         inputs = _fixed_inputs(loaded)
         expected = _logits(loaded.model, inputs)
@@ -64,22 +82,83 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
             loaded.config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", _readme(loaded, to))
-        difference = _compare(expected, _logits(_reopen(loaded, to, folder), inputs), to)
-    return Exported(place, to, difference)
+        reopened = _reopen(loaded, to, folder)
+        found = _logits(reopened, inputs)
+        if recovered:
+            difference = (expected.double() - found.double()).abs().max().item()
+            evaluation = _evaluate_both(loaded, reopened)
+        else:
+            difference = _compare(expected, found, to)
+    return Exported(place, to, difference, evaluation)
 
 
 def _writer(loaded: LoadedRun, to: str) -> Callable[[Path], Any]:
     """What writes the weights, or why that cannot be."""
     adapter = loaded.recipe.lean.adapter.type
-    if to == "pruned":
+    if to == "pruned" and loaded.plan is None:
         raise UserError(f"--to pruned: {loaded.folder.path} is not a pruned run")
+    if to == "merged" and loaded.plan is not None:
+        raise UserError("--to merged: the run is pruned; use --to pruned, or --to lora for the whole base")
+    if adapter == "bottleneck":
+        raise UserError(f"--to {to}: a bottleneck adapter is not linear: it is no LoRA and cannot be merged")
+    if to == "pruned":
+        return _pruned_writer(loaded)
     if to == "merged":
         return lambda folder: _merged(loaded).save_pretrained(folder)  # type: ignore[operator]
     if adapter == "none":
         raise UserError("--to lora: the run has no adapter (full fine-tuning); use --to merged")
+    if loaded.plan is not None:
+        return lambda folder: _recovered(loaded).save(folder)
     if adapter == "lora":
         return lambda folder: _copy_weights(loaded.folder.adapter, folder)
     return lambda folder: save_as_lora(loaded.model, folder)
+
+
+def _pruned_writer(loaded: LoadedRun) -> Callable[[Path], Any]:
+    """The pruned model with its adapter merged, if its architecture's config can express the shapes."""
+    assert loaded.plan is not None
+    try:
+        config = plain_config(_whole(loaded), loaded.plan)
+    except UserError as error:
+        raise UserError(f"--to pruned: {error}") from None
+
+    def write(folder: Path) -> None:
+        model: Any = _merged(loaded)
+        model.config = config
+        model.save_pretrained(folder)
+
+    return write
+
+
+def _recovered(loaded: LoadedRun) -> Adapter:
+    """A pruned run's adapter as a LoRA of the whole base."""
+    assert loaded.plan is not None
+    if loaded.recipe.lean.adapter.type == "lora":
+        adapter = take(loaded.model)
+    else:
+        adapter = Adapter(*lamda_to_lora(loaded.model))
+    return grow(adapter, loaded.plan.cuts(find_groups(_whole(loaded))))
+
+
+def _whole(loaded: LoadedRun) -> PreTrainedModel:
+    """The unpruned model on meta: its shapes alone."""
+    with torch.device("meta"):
+        return loaded.task.auto_class.from_config(loaded.config)
+
+
+def _evaluate_both(loaded: LoadedRun, recovered: nn.Module) -> dict[str, dict[str, float]] | None:
+    """Metrics of the run and of its adapter on the whole base, on the split that counts most."""
+    metrics = loaded.folder.metrics() or {}
+    measured = metrics.get("evaluation") or {}
+    split = next((name for name in ("test", "validation") if name in measured), None)
+    if split is None:
+        return None
+    try:
+        rows = open_splits(loaded.task.data, loaded.recipe.train.seed, need_train=False)[split]
+    except UserError:
+        return None  # the data is not here any more
+    found = evaluate_split(replace(loaded, model=recovered), rows, split)
+    return {"run": measured[split], "recovered": found}
 
 
 def _merged(loaded: LoadedRun) -> nn.Module:
@@ -98,7 +177,8 @@ def _reopen(loaded: LoadedRun, to: str, folder: Path) -> nn.Module:
     if to == "lora":
         model: nn.Module = attach_saved(base_for_run(loaded.recipe, loaded.task, loaded.config), folder)
     else:
-        model = load_base(loaded.recipe.model, loaded.task.auto_class, loaded.config, source=str(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = load_base(loaded.recipe.model, loaded.task.auto_class, config, source=str(folder))
     return model.to(next(loaded.model.parameters()).device).eval()
 
 
@@ -131,9 +211,11 @@ def _compare(expected: Tensor, found: Tensor, to: str) -> float:
 
 def _readme(loaded: LoadedRun, to: str) -> str:
     """How to open the export without leantune."""
+    other = " Pruned there, on the whole base here: another model than the run's."
+    note = other if to == "lora" and loaded.plan is not None else ""
     auto = loaded.task.auto_class.__name__
     base = resolve(loaded.recipe.model.path)
-    if to == "merged":
+    if to in ("merged", "pruned"):
         opening = f'model = {auto}.from_pretrained(".")'
         imports = f"from transformers import AutoTokenizer, {auto}"
     else:
@@ -144,6 +226,6 @@ def _readme(loaded: LoadedRun, to: str) -> str:
         )
         imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoTokenizer, {auto}"
     return (
-        f"# {loaded.recipe.method} run on {loaded.recipe.model.path}, exported as {to}\n\n"
+        f"# {loaded.recipe.method} run on {loaded.recipe.model.path}, exported as {to}.{note}\n\n"
         f'```python\n{imports}\n\n{opening}\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
     )

@@ -14,6 +14,7 @@ from torch import nn
 from leantune._version import __version__
 from leantune.recipes import Recipe
 from leantune.run.callbacks import read_log
+from leantune.run.estimation import STAGE
 from leantune.run.folder import RunFolder
 
 WARM_UP_STEPS = 5
@@ -43,7 +44,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def collect_metrics(
     recipe: Recipe,
     folder: RunFolder,
-    model: nn.Module,
     evaluation: dict[str, dict[str, float]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -52,12 +52,11 @@ def collect_metrics(
     Args:
         recipe: The run's.
         folder: The run's, with its weights and log.
-        model: The model as it was loaded again.
         evaluation: Split → metric → value.
-        facts: What training measured: parameter counts, saved bytes, peak, tokens, steps.
+        facts: What training measured: parameter counts, saved bytes, peak, tokens, steps, what was removed.
     """
-    seconds = [line["step_seconds"] for line in read_log(folder.log_file) if "step_seconds" in line]
-    spent = sum(seconds)
+    seconds = _step_seconds(folder)
+    spent, estimated = sum(seconds), sum(_step_seconds(folder, STAGE))
     counts, peak = facts["parameters"], facts["peak"]
     return {
         "model": recipe.model.path,
@@ -71,6 +70,7 @@ def collect_metrics(
             "trainable_end": facts["trainable_end"],
             "head": counts["head"],
             "base_removed_fraction": 0.0,
+            **facts.get("removed", {}),
         },
         "memory": {
             "saved_activation_bytes": facts["saved_activation_bytes"],
@@ -81,12 +81,16 @@ def collect_metrics(
             "step_seconds_median": statistics.median(seconds[WARM_UP_STEPS:] or seconds) if seconds else None,
             "tokens_per_second": round(facts["tokens_seen"] / spent, 1) if spent else None,
             "train_seconds": round(spent, 3),
-            "estimate_seconds": 0.0,
+            "estimate_seconds": round(estimated, 3),
         },
         "evaluation": evaluation,
         "adapter_bytes": sum(file.stat().st_size for file in folder.saved_weights().glob("*.safetensors")),
         "steps": facts["steps"],
     }
+
+
+def _step_seconds(folder: RunFolder, stage: str | None = None) -> list[float]:
+    return [line["step_seconds"] for line in read_log(folder.log_file, stage) if "step_seconds" in line]
 
 
 def versions() -> dict[str, str]:

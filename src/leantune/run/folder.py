@@ -27,7 +27,11 @@ class RunFolder:
         self.report_file = self.path / "report.html"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.pruning = self.path / "pruning"
+        self.plan_file = self.pruning / "plan.json"
         self.checkpoints = self.path / "checkpoints"
+        self.estimation = self.checkpoints / "estimation"
+        self.warm_start = self.checkpoints / "warm-start"
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -108,7 +112,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove a run's own files and folders, nothing else."""
-        for folder in (self.adapter, self.model, self.checkpoints, self.path / "pruning"):
+        for folder in (self.adapter, self.model, self.checkpoints, self.pruning):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (
             self.metrics_file,

@@ -1,6 +1,8 @@
 """From the recipe's `lean` to a model with its methods attached: the one place where they are put together.
 
-Methods do not know of each other. Order: the adapter, then token selection around the adapted model.
+Methods do not know of each other. Order: the adapter; token selection around the adapted model; masks on top
+for the first stage of a pruned run. After it base and adapter are pruned, and the second stage has the first
+two alone.
 """
 
 from __future__ import annotations
@@ -14,9 +16,22 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
+from leantune.anatomy import find_groups
+from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
 from leantune.lamda import LamdaConfig, LamdaFreezing, frozen_share
-from leantune.recipes import LamdaRecipe, LoraRecipe, Recipe
+from leantune.lightpeft import (
+    Adapter,
+    LightPeftConfig,
+    LightPeftEstimation,
+    PruningPlan,
+    attach_masks,
+    check_amounts,
+    learned_plan,
+    random_plan,
+    shrink,
+)
+from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
 from leantune.tokentune import TokenTuneConfig, TokenTuneState, set_token_state, token_state, token_tune
 
 
@@ -39,10 +54,23 @@ def _lora(recipe: LoraRecipe, common: dict[str, Any]) -> PeftConfig:
     return LoraConfig(r=recipe.r, lora_alpha=alpha, lora_dropout=recipe.dropout, **common)  # type: ignore[arg-type]
 
 
+def _bottleneck(recipe: BottleneckRecipe, common: dict[str, Any]) -> PeftConfig:
+    return BottleneckConfig(
+        r=recipe.r,
+        mode=recipe.mode,
+        placement=recipe.placement,
+        activation=recipe.activation,
+        bottleneck_alpha=recipe.alpha,
+        bottleneck_dropout=recipe.dropout,
+        **common,
+    )
+
+
 # Adapter type → (recipe → PEFT config, callbacks that its training needs).
 ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback], ...]]] = {
     "lamda": (_lamda, (LamdaFreezing,)),
     "lora": (_lora, ()),
+    "bottleneck": (_bottleneck, ()),
 }
 
 
@@ -58,10 +86,52 @@ def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
         UserError: No layer matches, the adapter does not fit a layer, or token selection cannot work on
             this model.
     """
-    return _with_tokens(_with_adapter(model, recipe, task_type), recipe)
+    adapted = attach_tokens(_with_adapter(model, recipe, task_type), recipe)
+    if recipe.lean.prune is not None:
+        _attach_masks(adapted, recipe)
+    return adapted
 
 
-def _with_tokens(model: nn.Module, recipe: Recipe) -> nn.Module:
+def _attach_masks(model: nn.Module, recipe: Recipe) -> None:
+    try:
+        check_amounts(prune_config(recipe), find_groups(model))
+        attach_masks(model, prune_config(recipe))
+    except UserError as error:
+        raise UserError(f"lean.prune: {error}") from None
+
+
+def prune_config(recipe: Recipe) -> LightPeftConfig:
+    """The recipe's `lean.prune` as Light-PEFT's settings."""
+    assert recipe.lean.prune is not None
+    return LightPeftConfig(**recipe.lean.prune.model_dump(exclude={"estimate_steps", "choose"}))
+
+
+def pruning_plan(model: nn.Module, recipe: Recipe) -> PruningPlan:
+    """What goes, after the first stage.
+
+    Raises:
+        UserError: That much cannot be removed.
+    """
+    assert recipe.lean.prune is not None
+    try:
+        if recipe.lean.prune.choose == "random":
+            return random_plan(model, prune_config(recipe), recipe.train.seed)
+        return learned_plan(model)
+    except UserError as error:
+        raise UserError(f"lean.prune: {error}") from None
+
+
+def shrunk_adapter(model: nn.Module, plan: PruningPlan) -> Adapter:
+    """The model's adapter, cut to the plan."""
+    return shrink(model, plan)
+
+
+def attach_tokens(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Token selection, if the recipe has it.
+
+    Raises:
+        UserError: It cannot work on this model.
+    """
     tokens = recipe.lean.tokens
     if tokens is None:
         return model
@@ -86,7 +156,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
         return get_peft_model(model, make(adapter, common))
     except ValueError as error:
         reason = str(error).strip().split("\n")[0]
-        if "arget modules" in reason or "target_modules" in reason:
+        if not isinstance(error, UserError) and ("arget modules" in reason or "target_modules" in reason):
             raise UserError(
                 f"lean.adapter.target_modules = {adapter.target_modules!r}: matches no layer of the model "
                 f"(its layers: {', '.join(linear_names(model))})"
@@ -99,6 +169,11 @@ def callbacks(recipe: Recipe) -> list[TrainerCallback]:
     kind = recipe.lean.adapter.type
     needed = [make() for make in ADAPTERS[kind][1]] if kind in ADAPTERS else []
     return needed + ([TokenTuneState()] if recipe.lean.tokens is not None else [])
+
+
+def estimation_callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    """The same for the first stage of a pruned run. The adapter's own schedules (LaMDA's freezing) wait."""
+    return [LightPeftEstimation(), *([TokenTuneState()] if recipe.lean.tokens is not None else [])]
 
 
 @contextmanager

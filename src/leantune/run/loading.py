@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from leantune.errors import UserError
+from leantune.lightpeft import PruningPlan, Weights, load_pruned
 from leantune.recipes import Recipe
 from leantune.run.folder import RunFolder
-from leantune.run.models import load_base
+from leantune.run.models import DTYPES, load_base, quiet_transformers, resolve
 from leantune.run.tasks import Task, make_task
 
 
@@ -28,6 +29,7 @@ class LoadedRun:
     config: PretrainedConfig
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    plan: PruningPlan | None = None
 
 
 def load(run: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -55,29 +57,55 @@ def open_run(run: str | Path | RunFolder) -> LoadedRun:
     config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
     task = make_task(recipe, config)
     model: nn.Module
+    plan = PruningPlan.load(folder.plan_file) if recipe.lean.prune is not None else None
     if weights == folder.model:
         model = load_base(recipe.model, task.auto_class, config, source=str(weights))
     else:
-        model = attach_saved(base_for_run(recipe, task, config), weights)
+        model = attach_saved(base_for_run(recipe, task, config, plan), weights)
     tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     model = cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return LoadedRun(folder, recipe, task, config, model.eval(), tokenizer)
+    return LoadedRun(folder, recipe, task, config, model.eval(), tokenizer, plan)
 
 
-def base_for_run(recipe: Recipe, task: Task, config: PretrainedConfig) -> PreTrainedModel:
-    """The run's base model with its head's shape; the head's weights come with the adapter."""
-    with torch.random.fork_rng(devices=[]):
-        return load_base(recipe.model, task.auto_class, config)
+def base_for_run(
+    recipe: Recipe,
+    task: Task,
+    config: PretrainedConfig,
+    plan: PruningPlan | None = None,
+    weights: Weights | None = None,
+) -> PreTrainedModel:
+    """The run's base model with its head's shape; the head's weights come with the adapter.
+
+    Args:
+        recipe: The run's.
+        task: The run's.
+        config: The run's, with the names of the labels.
+        plan: Prune by it, while reading.
+        weights: The base's, if they are in memory already.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        if plan is None and weights is None:
+            return load_base(recipe.model, task.auto_class, config)
+        source = resolve(recipe.model.path)
+        return load_pruned(
+            task.auto_class,
+            config,
+            plan,
+            weights or Weights.from_files(source),
+            source,
+            dtype=DTYPES[recipe.model.dtype],
+            attn_implementation=recipe.model.attention,
+        )
 
 
-def attach_saved(base: PreTrainedModel, folder: Path) -> PeftModel:
+def attach_saved(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on its base.
 
     Raises:
         UserError: The adapter's files are damaged or do not fit the base.
     """
     try:
-        return PeftModel.from_pretrained(base, str(folder))
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     except Exception as error:  # safetensors, JSON, shape errors: to a person they mean the same
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from error

@@ -1,6 +1,7 @@
 """One run, from recipe to report. Data flows one way:
 
-recipe → data and model → adapter → training → run folder → evaluation of what was saved → report
+recipe → data and model → adapter → (estimation → prune →) training → run folder → evaluation of what was
+saved → report
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from leantune.run import lean
 from leantune.run.callbacks import ProgressBar, RunLog, StopOnSignal
 from leantune.run.checkpoints import newest_complete
 from leantune.run.data import open_splits
+from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
 from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
 from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
@@ -97,9 +99,14 @@ def train(
         return Run(folder.path, recipe, finished)
     with console.status("reading data and model"):
         prepared = _prepare(recipe, console)
-    checkpoint = _checkpoint(folder, console) if resume else None
     folder.begin(recipe, overwrite)
-    facts = _fit(recipe, folder, prepared, checkpoint, console)
+    if recipe.lean.prune is not None:
+        if not (resume and folder.plan_file.is_file()):
+            _estimate(recipe, folder, prepared, resume, console)
+        prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
+        set_seed(recipe.train.seed)
+        prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
+    facts = _fit(recipe, folder, prepared, resume, console)
     splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
     metrics = _finish(recipe, folder, splits, facts, console)
     return Run(folder.path, recipe, metrics)
@@ -125,21 +132,68 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     return _Prepared(splits, task, config, tokenizer, encoded, model)
 
 
-def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
-    checkpoint, skipped = newest_complete(folder.checkpoints)
+def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
+    if not resume:
+        return None
+    checkpoint, skipped = newest_complete(place)
     for line in skipped:
         console.print(line)
     console.print(
         f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint: starting anew"
     )
-    return checkpoint
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console) -> None:
+    """The first stage of a pruned run: train with masks, and write down what goes."""
+    steps = estimation_steps(recipe, len(prepared.encoded["train"]))
+    stop, progress = StopOnSignal(), ProgressBar(console, f"{recipe.method}: {STAGE}")
+    trainer = build_trainer(
+        prepared.model,
+        training_arguments(recipe, folder.estimation, has_validation=False, max_steps=steps),
+        prepared.task,
+        prepared.tokenizer,
+        prepared.task.collator(prepared.tokenizer),
+        [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
+        train=prepared.encoded["train"],
+    )
+    _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
+    write_plan(folder, prepared.model, recipe, console)
+
+
+def _run(
+    trainer: LeanTrainer,
+    recipe: Recipe,
+    folder: RunFolder,
+    stop: StopOnSignal,
+    progress: ProgressBar,
+    checkpoint: str | None,
+) -> PeakMemory:
+    """Train one stage to its end.
+
+    Raises:
+        Interrupted: A signal came; the checkpoint is saved.
+    """
+    try:
+        with stop.listening(), PeakMemory(trainer.args.device) as peak:
+            set_seed(recipe.train.seed)
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        again = shlex.join(["leantune", "train", str(folder.recipe_file), "--resume"])
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step}; go on with: {again}", stop.received
+        )
+    return peak
 
 
 def _fit(
-    recipe: Recipe, folder: RunFolder, prepared: _Prepared, checkpoint: Path | None, console: Console
+    recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console
 ) -> dict[str, Any]:
     """Train, and save the result. Returns what was measured on the way."""
     model, stop = prepared.model, StopOnSignal()
+    checkpoint = _checkpoint(folder.checkpoints, resume, console)
     progress = ProgressBar(console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
     trainer = build_trainer(
@@ -156,17 +210,7 @@ def _fit(
         "parameters": count_parameters(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
-    try:
-        with stop.listening(), PeakMemory(trainer.args.device) as peak:
-            set_seed(recipe.train.seed)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        progress.close()
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        again = shlex.join(["leantune", "train", str(folder.recipe_file), "--resume"])
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step}; go on with: {again}", stop.received
-        )
+    peak = _run(trainer, recipe, folder, stop, progress, checkpoint)
     facts |= {
         "trainable_end": count_parameters(model)["trainable"],
         "peak": peak,
@@ -210,7 +254,9 @@ def _finish(
     if sampled is not None:
         rows = sample_predictions(loaded, sampled, SAMPLED_PREDICTIONS)
         write_predictions(folder, [row.to_dict() for row in rows])
-    metrics = collect_metrics(recipe, folder, loaded.model, evaluation, facts)
+    if loaded.plan is not None:
+        facts["removed"] = removed_fractions(recipe, loaded.task, loaded.config, loaded.plan)
+    metrics = collect_metrics(recipe, folder, evaluation, facts)
     write_json(folder.metrics_file, metrics)
     write_report(folder.path)
     return metrics

@@ -73,8 +73,16 @@ class LeanTrainer(Trainer):
         keep_newest(place, self.args.save_total_limit or KEPT_CHECKPOINTS)
 
 
-def training_arguments(recipe: Recipe, checkpoints: Path, has_validation: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, has_validation: bool, max_steps: int | None = None
+) -> TrainingArguments:
     """The recipe's `train` as TrainingArguments, with leantune's defaults for what it does not name.
+
+    Args:
+        recipe: The run's.
+        checkpoints: Where they go.
+        has_validation: Whether to evaluate at the end of each epoch.
+        max_steps: Train this long instead of as long as the recipe says, and evaluate nothing.
 
     Raises:
         UserError: transformers does not accept a value.
@@ -97,6 +105,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, has_validation: bool) 
         "restore_callback_states_from_checkpoint": True,
         "include_num_input_tokens_seen": "non_padding",
     }
+    if max_steps is not None:
+        own |= {"max_steps": max_steps, "eval_strategy": "no"}
     try:
         arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
     except (ValueError, TypeError, ImportError) as error:
@@ -136,6 +146,10 @@ def build_trainer(
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=callbacks,
     )
+    if not task.counts_tokens:
+        # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose
+        # loss is a mean over rows do not: micro-batches would add up instead of being averaged.
+        trainer.model_accepts_loss_kwargs = False
     for loud in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(loud)
     return trainer

@@ -38,6 +38,8 @@ class Task(ABC):
     auto_class: ClassVar[Any]
     peft_task_type: ClassVar[str]
     main_metric: ClassVar[str]
+    # Whether the head's loss is a sum over tokens that is divided by their number in all micro-batches.
+    counts_tokens: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig | None = None) -> None:
         self.recipe = recipe

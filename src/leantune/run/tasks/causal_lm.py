@@ -35,6 +35,7 @@ class CausalLM(Task):
     name = "causal-lm"
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
+    counts_tokens = True
     main_metric: ClassVar[str] = "loss"
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig | None = None) -> None:

@@ -1,0 +1,70 @@
+"""The first stage of a pruned run: train with masks, decide what goes, prune, hand over to the second stage.
+
+What it leaves: `pruning/` (the plan) and `checkpoints/warm-start/` (the adapter, trained so far and cut to
+the plan). The second stage starts from these two alone, as a run that is resumed there does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PretrainedConfig
+
+from leantune.lightpeft import PruningPlan
+from leantune.recipes import Recipe
+from leantune.run import lean
+from leantune.run.folder import RunFolder, whole_folder
+from leantune.run.loading import attach_saved, base_for_run
+from leantune.run.models import quiet_transformers
+from leantune.run.tasks import Task
+
+STAGE = "estimation"
+
+
+def estimation_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of the first stage; a share counts the steps of the second, as the Trainer does."""
+    assert recipe.lean.prune is not None
+    wanted = recipe.lean.prune.estimate_steps
+    if isinstance(wanted, int):
+        return wanted
+    train = recipe.train
+    steps = train.steps
+    if steps is None:
+        accumulation = int((train.model_extra or {}).get("gradient_accumulation_steps", 1))
+        batches = math.ceil(rows / train.batch_size)
+        an_epoch = max(batches // accumulation + int(batches % accumulation > 0), 1)
+        steps = math.ceil(train.epochs * an_epoch)
+    return max(2, math.ceil(wanted * steps))
+
+
+def write_plan(folder: RunFolder, model: nn.Module, recipe: Recipe, console: Console) -> None:
+    """Decide what goes and write it down; the plan's folder appears last and says that the stage is done."""
+    plan = lean.pruning_plan(model, recipe)
+    adapter = lean.shrunk_adapter(model, plan)
+    with whole_folder(folder.warm_start) as place:
+        adapter.save(place)
+    with whole_folder(folder.pruning) as place:
+        plan.save(place / folder.plan_file.name)
+    console.print(str(plan), highlight=False)
+
+
+def pruned_model(folder: RunFolder, recipe: Recipe, task: Task, config: PretrainedConfig) -> nn.Module:
+    """The base, pruned as it is read, with the adapter as the first stage left it, ready to be trained on."""
+    plan = PruningPlan.load(folder.plan_file)
+    with quiet_transformers():
+        model = attach_saved(base_for_run(recipe, task, config, plan), folder.warm_start, trainable=True)
+    return lean.attach_tokens(model, recipe)
+
+
+def removed_fractions(
+    recipe: Recipe, task: Task, config: PretrainedConfig, plan: PruningPlan
+) -> dict[str, Any]:
+    """How much of the base is gone: of all its parameters, and of those in attention and FFN blocks."""
+    with torch.device("meta"):
+        whole = task.auto_class.from_config(config)
+    base, blocks, gone = plan.sizes(whole)
+    return {"base_removed_fraction": gone / base, "blocks_removed_fraction": gone / blocks}

@@ -5,7 +5,8 @@
 RoBERTa-large's shape with random weights, sequences of 128 tokens, LoRA r 8 on all linear layers; plans are
 drawn at random, heads and neurons evenly over the layers, 75 % of the adapter's modules and 50 % of the ranks
 gone. Writes benchmarks/results/lightpeft_steps.json: medians over interleaved steps (one of each variant in
-turn), bytes kept for backward, bytes of weights.
+turn) in CPU seconds of the process, which a busy machine disturbs less than wall time (both are in the file),
+bytes kept for backward, bytes of weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,48 +71,69 @@ def estimating(layers: int) -> nn.Module:
 
 
 class Variant:
-    """A model and what was measured of it."""
+    """A way to train, and what was measured of it. The model is made anew for each step: five do not fit."""
 
-    def __init__(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        self.model, self.batch = model, batch
-        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        self.train_seconds: list[float] = []
-        self.inference_seconds: list[float] = []
+    def __init__(self, make: Callable[[], nn.Module], batch: dict[str, Any]) -> None:
+        self.make, self.batch = make, batch
+        self.train: list[tuple[float, float]] = []
+        self.inference: list[tuple[float, float]] = []
+        self.facts: dict[str, Any] = {}
 
-    def step(self) -> None:
-        """Forward, backward and update."""
-        estimation = estimation_of(self.model)
-        self.model.train()
-        start = time.perf_counter()
-        if estimation is not None:
-            estimation.begin_step(measure=True)
-        self.model(**self.batch).loss.backward()
-        if estimation is not None:
-            estimation.step()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.train_seconds.append(time.perf_counter() - start)
+    def run(self) -> None:
+        """A training step and a forward pass."""
+        model = self.make()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.0)
+        train_step(model, optimizer, {name: value[:2] for name, value in self.batch.items()})  # warm up
+        start = clocks()
+        train_step(model, optimizer, self.batch)
+        self.train.append(since(start))
+        model.eval()
+        start = clocks()
+        with torch.no_grad():
+            model(**self.batch)
+        self.inference.append(since(start))
+        if not self.facts:
+            kept = saved_activation_bytes(model.train(), {k: v[:2] for k, v in self.batch.items()})
+            self.facts = {
+                "saved_activation_bytes_of_2_rows": kept,
+                "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+                "trained_parameters": sum(p.numel() for p in trained),
+            }
 
-    @torch.no_grad()
-    def infer(self) -> None:
-        """A forward pass."""
-        self.model.eval()
-        start = time.perf_counter()
-        self.model(**self.batch)
-        self.inference_seconds.append(time.perf_counter() - start)
-
-    def facts(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """One row of the result."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         return {
-            "train_seconds": statistics.median(self.train_seconds),
-            "train_all": self.train_seconds,
-            "inference_seconds": statistics.median(self.inference_seconds),
-            "inference_all": self.inference_seconds,
-            "saved_activation_bytes": saved_activation_bytes(self.model.train(), self.batch),
-            "weight_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
-            "trained_parameters": sum(p.numel() for p in trained),
+            "train_seconds": statistics.median(cpu for cpu, _ in self.train),
+            "train_cpu_and_wall": self.train,
+            "inference_seconds": statistics.median(cpu for cpu, _ in self.inference),
+            "inference_cpu_and_wall": self.inference,
+            **self.facts,
         }
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    """Forward, backward and update."""
+    estimation = estimation_of(model)
+    model.train()
+    if estimation is not None:
+        estimation.begin_step(measure=True)
+    model(**batch).loss.backward()
+    if estimation is not None:
+        estimation.step()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clocks() -> tuple[float, float]:
+    """CPU seconds of the process and wall time, now."""
+    return time.process_time(), time.perf_counter()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Both, gone by."""
+    cpu, wall = clocks()
+    return cpu - start[0], wall - start[1]
 
 
 def measure(layers: int, batch_size: int, repeats: int) -> dict[str, Any]:
@@ -117,20 +141,17 @@ def measure(layers: int, batch_size: int, repeats: int) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 50000, (batch_size, LENGTH), generator=draw)
     batch = {"input_ids": ids, "labels": torch.arange(batch_size) % 2}
-    variants = {"LoRA, whole base": Variant(roberta_large(layers), batch)}
-    variants |= {f"Light-PEFT {share} + {share}": Variant(pruned(layers, share), batch) for share in RATIOS}
-    variants["Light-PEFT, estimation step"] = Variant(estimating(layers), batch)
-    for number in range(repeats + 1):
+    variants = {"LoRA, whole base": Variant(partial(roberta_large, layers), batch)}
+    for share in RATIOS:
+        variants[f"Light-PEFT {share} + {share}"] = Variant(partial(pruned, layers, share), batch)
+    variants["Light-PEFT, estimation step"] = Variant(partial(estimating, layers), batch)
+    for number in range(1, repeats + 1):
         for name, variant in variants.items():
-            variant.step()
-            variant.infer()
+            variant.run()
             gc.collect()
-            print(f"{number}/{repeats} {name}: {variant.train_seconds[-1]:.2f} s, "
-                  f"{variant.inference_seconds[-1]:.2f} s", flush=True)  # fmt: skip
-            if number == 0:  # the first one warms up
-                variant.train_seconds.clear()
-                variant.inference_seconds.clear()
-    return {name: variant.facts() for name, variant in variants.items()}
+            cpu = f"{variant.train[-1][0]:.1f} + {variant.inference[-1][0]:.1f} CPU seconds"
+            print(f"{number}/{repeats} {name}: {cpu}", flush=True)
+    return {name: variant.row() for name, variant in variants.items()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -138,7 +159,7 @@ def table(result: dict[str, Any]) -> str:
     rows, first = [], next(iter(result["rows"].values()))
     for name, row in result["rows"].items():
         step, inference = (first[k] / row[k] for k in ("train_seconds", "inference_seconds"))
-        kept, weights = (row[k] / first[k] for k in ("saved_activation_bytes", "weight_bytes"))
+        kept, weights = (row[k] / first[k] for k in ("saved_activation_bytes_of_2_rows", "weight_bytes"))
         trained = f"{row['trained_parameters']:,}"
         rows.append(f"| {name} | {step:.2f}× | {inference:.2f}× | {kept:.2f}× | {weights:.2f}× | {trained} |")
     head = (

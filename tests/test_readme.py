@@ -41,7 +41,7 @@ def test_the_readmes_recipe_is_accepted(tmp_path: Path) -> None:
     assert block is not None
     file = tmp_path / "recipe.yaml"
     file.write_text(block[1])
-    assert Recipe.load(file).method == "lamda+tokentune"
+    assert Recipe.load(file).method == "lamda+light-peft+tokentune"
 
 
 def test_the_readmes_commands_exist() -> None:

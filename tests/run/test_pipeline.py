@@ -102,6 +102,11 @@ def test_predict(finished: Any) -> None:
 def test_export(finished: Any, tmp_path: Path) -> None:
     if finished.recipe.lean.prune is not None:
         return  # another matter: test_pruned.py
+    if finished.recipe.lean.adapter.type == "bottleneck":
+        for kind in ("merged", "lora"):
+            with pytest.raises(UserError, match=f"--to {kind}: a bottleneck adapter is not linear"):
+                leantune.export(finished.folder, kind, tmp_path / kind)
+        return
     merged = leantune.export(finished.folder, "merged", tmp_path / "merged")
     assert merged.max_abs_difference <= 1e-5
     if finished.recipe.lean.adapter.type == "none":
@@ -146,7 +151,7 @@ def test_an_export_that_differs_is_refused(
 ) -> None:
     from leantune.run import exporting as module
 
-    if finished.recipe.lean.prune is not None:
+    if finished.recipe.lean.prune is not None or finished.recipe.lean.adapter.type == "bottleneck":
         return
     reopen = module._reopen
 

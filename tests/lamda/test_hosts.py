@@ -14,7 +14,7 @@ from peft.tuners import _buffer_dict, tuners_utils
 from transformers import trainer_callback
 
 from leantune.lamda import LamdaConfig, LamdaModel
-from leantune.peft_types import add_peft_type
+from leantune.peft_methods import add_peft_type
 
 
 def test_names_of_the_hosts() -> None:

@@ -9,7 +9,7 @@ from peft.utils import register_peft_method
 
 from leantune.bottleneck.config import BottleneckConfig
 from leantune.bottleneck.model import BottleneckModel
-from leantune.peft_types import add_peft_type
+from leantune.peft_methods import add_peft_type
 
 __all__ = ["BottleneckConfig", "BottleneckModel"]
 

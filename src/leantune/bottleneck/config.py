@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from peft import PeftConfig, PeftType
 
 from leantune.errors import UserError
+from leantune.peft_methods import check_choices, check_layers, check_positive, check_ranks, check_share
 
 MODES = ("serial", "parallel")
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -102,55 +101,22 @@ class BottleneckConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check_numbers()
-        self._check_choices()
-        self._check_layers()
-
-    def _check_numbers(self) -> None:
-        for key, r in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise UserError(f"{key}={r!r}: must be a whole number, 1 or more")
-        alphas = _entries("alpha_pattern", self.alpha_pattern)
-        if self.bottleneck_alpha is not None:
-            alphas["bottleneck_alpha"] = self.bottleneck_alpha
-        for key, alpha in alphas.items():
-            if not _is_number(alpha) or alpha <= 0:
-                raise UserError(f"{key}={alpha!r}: must be a number above 0 (or None for `r`)")
-        if not _is_number(self.bottleneck_dropout) or not 0 <= self.bottleneck_dropout < 1:
-            raise UserError(f"bottleneck_dropout={self.bottleneck_dropout!r}: must be a number in [0, 1)")
-
-    def _check_choices(self) -> None:
-        for key, accepted in (
-            ("mode", MODES),
-            ("placement", PLACEMENTS),
-            ("activation", ACTIVATION_NAMES),
-            ("bottleneck_bias", (True, False)),
-            ("init_weights", (True, False)),
-        ):
-            value = getattr(self, key)
-            if value not in accepted:
-                raise UserError(f"{key}={value!r}: must be one of {', '.join(map(repr, accepted))}")
-
-    def _check_layers(self) -> None:
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            for key in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, key) is not None:
-                    raise UserError(
-                        f"{key}={getattr(self, key)!r}: cannot be combined with target_modules="
-                        f"{self.target_modules!r}, a regular expression; list names, or put layers into it"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError(f"layers_pattern={self.layers_pattern!r}: needs layers_to_transform as well")
+        check_ranks(self)
+        check_positive(self, "bottleneck_alpha")
+        check_share(self, "bottleneck_dropout", closed=False)
+        check_choices(
+            self,
+            {
+                "mode": MODES,
+                "placement": PLACEMENTS,
+                "activation": ACTIVATION_NAMES,
+                "bottleneck_bias": (True, False),
+                "init_weights": (True, False),
+            },
+        )
+        check_layers(self)
         if self.layers_pattern and self.target_modules is None:
             raise UserError(
                 f"layers_pattern={self.layers_pattern!r}: needs target_modules as well; `placement` counts "
                 f"layers by itself"
             )
-
-
-def _entries(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    return {f"{key}[{name!r}]": value for name, value in pattern.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from leantune.bottleneck.config import BottleneckConfig
 from leantune.bottleneck.layer import NOT_MERGEABLE, BottleneckLinear
-from leantune.bottleneck.mixed_batch import MixedBatch
 from leantune.errors import UserError
+from leantune.peft_methods import MixedBatch
 
 
 class BottleneckModel(MixedBatch):

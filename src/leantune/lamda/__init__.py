@@ -11,7 +11,7 @@ from leantune.lamda.config import LamdaConfig
 from leantune.lamda.export import lamda_to_lora, save_as_lora
 from leantune.lamda.freezing import LamdaFreezing, freeze_columns, frozen_columns, frozen_share
 from leantune.lamda.model import LamdaModel
-from leantune.peft_types import add_peft_type
+from leantune.peft_methods import add_peft_type
 
 __all__ = [
     "LamdaConfig",

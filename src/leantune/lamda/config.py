@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from peft import PeftConfig, PeftType
 
 from leantune.errors import UserError
+from leantune.peft_methods import check_choices, check_layers, check_positive, check_ranks, check_share
+from leantune.peft_methods.checks import is_whole
 
 INITS = ("svd", "smallest", "random", "orthogonal")
 INIT_SCALES = ("spectrum", "normalized", "identity")
@@ -120,71 +120,35 @@ class LamdaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check_numbers()
-        self._check_choices()
-        self._check_layers()
+        check_ranks(self)
+        check_positive(self, "lamda_alpha")
+        check_share(self, "lamda_dropout", closed=False)
+        check_share(self, "freeze_ratio", closed=True)
+        self._check_start()
+        check_layers(self)
 
     @property
     def from_file(self) -> bool:
         """Whether this config was read from a saved adapter (whose factors are then expected, too)."""
         return self._from_file
 
-    def _check_numbers(self) -> None:
-        _check_rank("r", self.r)
-        for key, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        alphas = {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
-        if self.lamda_alpha is not None:
-            alphas["lamda_alpha"] = self.lamda_alpha
-        for key, alpha in alphas.items():
-            if not _is_number(alpha) or alpha <= 0:
-                raise UserError(f"{key}={alpha!r}: must be a number above 0 (or None for `r`)")
-        if not _is_number(self.lamda_dropout) or not 0 <= self.lamda_dropout < 1:
-            raise UserError(f"lamda_dropout={self.lamda_dropout!r}: must be a number in [0, 1)")
-        if not _is_number(self.freeze_ratio) or not 0 <= self.freeze_ratio <= 1:
-            raise UserError(f"freeze_ratio={self.freeze_ratio!r}: must be a number in [0, 1]")
-        if not _is_int(self.svd_iterations) or self.svd_iterations < 0:
+    def _check_start(self) -> None:
+        if not is_whole(self.svd_iterations) or self.svd_iterations < 0:
             raise UserError(f"svd_iterations={self.svd_iterations!r}: must be a whole number, 0 or more")
-        if not _is_int(self.svd_seed):
+        if not is_whole(self.svd_seed):
             raise UserError(f"svd_seed={self.svd_seed!r}: must be a whole number")
-
-    def _check_choices(self) -> None:
-        for key, accepted in (
-            ("init", INITS),
-            ("init_scale", INIT_SCALES),
-            ("init_b", INIT_BS),
-            ("freeze_order", FREEZE_ORDERS),
-            ("init_weights", (True, False)),
-        ):
-            value = getattr(self, key)
-            if value not in accepted:
-                raise UserError(f"{key}={value!r}: must be one of {', '.join(map(repr, accepted))}")
+        check_choices(
+            self,
+            {
+                "init": INITS,
+                "init_scale": INIT_SCALES,
+                "init_b": INIT_BS,
+                "freeze_order": FREEZE_ORDERS,
+                "init_weights": (True, False),
+            },
+        )
         if self.freeze_ratio == 0 and self.init_b == "zero" and self.init_weights:
             raise UserError(
                 "freeze_ratio=0 with init_b='zero': B would stay zero and the adapter could never learn; "
                 "use init_b='vectors', or freeze_ratio above 0"
             )
-
-    def _check_layers(self) -> None:
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            for key in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, key) is not None:
-                    raise UserError(
-                        f"{key}={getattr(self, key)!r}: cannot be combined with target_modules="
-                        f"{self.target_modules!r}, a regular expression; list names, or put layers into it"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError(f"layers_pattern={self.layers_pattern!r}: needs layers_to_transform as well")
-
-
-def _check_rank(key: str, rank: Any) -> None:
-    if not _is_int(rank) or rank < 1:
-        raise UserError(f"{key}={rank!r}: must be a whole number, 1 or more")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

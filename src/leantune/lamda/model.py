@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from leantune.errors import UserError
 from leantune.lamda.config import LamdaConfig
 from leantune.lamda.layer import LamdaLinear
+from leantune.peft_methods import MixedBatch
 
 
-class LamdaModel(BaseTuner):
+class LamdaModel(MixedBatch):
     """The PEFT tuner of LaMDA. Made by `peft.get_peft_model(model, LamdaConfig(...))`, not by hand."""
 
     prefix = "lamda_"
@@ -133,44 +131,6 @@ class LamdaModel(BaseTuner):
                 state[key] = B[:, frozen:].contiguous()
         return state
 
-    # -- several adapters in one batch -----------------------------------------------------------------------
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names=[...]` (one adapter a row, inference only) down to every adapted layer."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        self._check_adapter_names(adapter_names)
-        beams = kwargs.get("num_beams") or 1
-        handles = []
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        encoded = (
-            set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
-        )
-        for module in self.modules():
-            if isinstance(module, LamdaLinear | AuxiliaryTrainingWrapper):
-                # Beam search repeats every row in the decoder; an encoder sees the original batch.
-                names = (
-                    adapter_names if module in encoded else [n for n in adapter_names for _ in range(beams)]
-                )
-                hook = partial(_with_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for layer in lamda_layers(self.model).values() for name in layer.r}
-        unknown = set(adapter_names) - known - {"__base__"}
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
 
 def lamda_layers(model: nn.Module) -> dict[str, LamdaLinear]:
     """The adapted layers of a model by name, as the keys of its state dict begin."""
@@ -205,10 +165,3 @@ def _warn_if_never_frozen(model: nn.Module, adapter_name: str) -> None:
                 stacklevel=2,
             )
         return
-
-
-def _with_adapter_names(
-    module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]
-) -> tuple[Any, Any]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

@@ -38,7 +38,7 @@ QUIET_MALLOC = {
     "OMP_NUM_THREADS": "1",
 }
 LOAD = """
-import resource, sys, transformers, torch
+import re, sys, transformers, torch
 from transformers import AutoConfig, AutoModel
 from leantune.lightpeft import PruningPlan, Weights, load_pruned
 transformers.logging.set_verbosity_error()
@@ -47,7 +47,8 @@ config = AutoConfig.from_pretrained(folder)
 with torch.device("meta"):
     AutoModel.from_config(config)  # what building costs is no part of the difference
 def high():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage: its mark is inherited from the process that started this one
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = high()
 if how == "whole":
     model = AutoModel.from_pretrained(folder)

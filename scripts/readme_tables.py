@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.grid import table as grid_table  # noqa: E402
+from benchmarks.lightpeft_steps import table as steps_table  # noqa: E402
 from leantune.methods import METHODS  # noqa: E402
 from leantune.report.capabilities import capability_markdown  # noqa: E402
 
@@ -30,12 +31,26 @@ def grid(name: str) -> str:
     return f"{grid_table(result)}\n\n{how}peft {versions['peft']}; {machine}.\n"
 
 
+def steps() -> str:
+    """What a pruned model's step costs, with the command that reproduces it."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "lightpeft_steps.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    threads = result["machine"]["threads"]
+    return f"{steps_table(result)}\n\n`{result['command']}`; {versions}; CPU, {threads} thread(s).\n"
+
+
 # Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
 TABLES = {
     "README.md": {"methods": lambda: capability_markdown(METHODS), "banking77": lambda: grid("banking77")},
     "src/leantune/lamda/README.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
+    "src/leantune/lightpeft/README.md": {
+        "lightpeft-trec": partial(grid, "lightpeft-trec"),
+        "lightpeft-sst2": partial(grid, "lightpeft-sst2"),
+        "lightpeft-steps": steps,
+    },
     "docs/experiments.md": {
-        name: partial(grid, name) for name in ("banking77", "trec-start", "tokentune-trec")
+        name: partial(grid, name)
+        for name in ("banking77", "trec-start", "tokentune-trec", "lightpeft-trec", "lightpeft-sst2")
     },
 }
 

@@ -50,7 +50,14 @@ TABLES = {
     },
     "docs/experiments.md": {
         name: partial(grid, name)
-        for name in ("banking77", "trec-start", "tokentune-trec", "lightpeft-trec", "lightpeft-sst2")
+        for name in (
+            "banking77",
+            "trec-start",
+            "tokentune-trec",
+            "tokentune-decoder",
+            "lightpeft-trec",
+            "lightpeft-sst2",
+        )
     },
 }
 

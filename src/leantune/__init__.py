@@ -14,6 +14,7 @@ from leantune._version import __version__
 
 if TYPE_CHECKING:
     from leantune.bottleneck import BottleneckConfig, BottleneckModel
+    from leantune.comparison import compare
     from leantune.errors import UserError
     from leantune.lamda import (
         LamdaConfig,
@@ -69,6 +70,7 @@ _HOME = {
     "prune": "leantune.lightpeft",
     "saved_activation_bytes": "leantune.measure",
     "Recipe": "leantune.recipes",
+    "compare": "leantune.comparison",
     "train": "leantune.run",
     "evaluate": "leantune.run",
     "predict": "leantune.run",
@@ -95,6 +97,7 @@ __all__ = [
     "__version__",
     "attach_masks",
     "chosen_tokens",
+    "compare",
     "detach_masks",
     "evaluate",
     "export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -171,6 +172,62 @@ def predict(
             typer.echo(f"{said.predicted}\t{said.score:.3f}" + (f"\t{said.input}" if file else ""))
         else:
             typer.echo(f"{said.predicted}" + (f"\t{said.input}" if file else ""))
+
+
+@app.command()
+@_quiet
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Model, data and schedule.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Change keys, e.g. train.epochs=1.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between; + joins, as in lamda+tokentune.")
+    ] = "full,lora,lamda,tokentune,light-peft,lean",
+    seeds: Annotated[int, typer.Option(help="Runs of each method, from the recipe's seed on.")] = 3,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD=RATE", help="A learning rate; the others follow the recipe's."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: the recipe's output + -compare.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Many methods on one recipe: what each costs and gives. The same command again goes on."""
+    from leantune.comparison.rates import parse_rates
+    from leantune.recipes import Recipe
+
+    loaded, rates = Recipe.load(recipe, *(overrides or [])), parse_rates(lr or [])
+    from rich.console import Console
+
+    from leantune.comparison import compare as compare_methods
+    from leantune.run import Interrupted
+
+    try:
+        done = compare_methods(
+            loaded,
+            methods,
+            seeds,
+            out,
+            lr=rates,
+            console=Console(stderr=as_json),
+            command=shlex.join(["leantune", *sys.argv[1:]]),
+        )
+    except Interrupted as stopped:
+        _complain(str(stopped))
+        sys.exit(143 if stopped.signal_number == signal.SIGTERM else 130)
+    if as_json:
+        _print_json(done.result)
+    else:
+        _show_comparison(done.folder, done.result)
+
+
+def _show_comparison(folder: Path, result: dict[str, Any]) -> None:
+    from leantune.report.comparison_rows import comparison_table
+
+    console = _console()
+    console.print(comparison_table(result))
+    console.print(result["verdict"], highlight=False, markup=False)
+    console.print(f"\nComparison: {folder}   page: {folder / 'compare.html'}", soft_wrap=True)
 
 
 @app.command()

@@ -174,6 +174,16 @@ print(json.dumps(model.generate(**inputs, max_new_tokens=8, do_sample=False).tol
     assert json.loads(done.stdout.splitlines()[-1]) == said.tolist()
 
 
+def test_a_rank_above_a_pruned_width(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """LaMDA of rank 32 on layers that pruning makes narrower than that."""
+    prune = {"heads": 0.5, "neurons": 0.5, "estimate_steps": 3}
+    wide = {"adapter": {"type": "lamda", "r": 32}, "prune": prune}
+    run = leantune.train(
+        recipe(bert_folder, data_folder, tmp_path / "run", wide, train={"steps": 3}), console=quiet()
+    )
+    assert logits(run).isfinite().all()
+
+
 # -- export --------------------------------------------------------------------------------------------------
 
 

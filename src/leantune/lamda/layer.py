@@ -109,7 +109,8 @@ class LamdaLinear(nn.Module, Merging):
             UserError: The rank is larger than the layer.
         """
         largest = min(self.in_features, self.out_features)
-        if r > largest:
+        # Of a file's adapter nothing is computed, and that of a pruned layer may be wider than the layer.
+        if r > largest and not config.from_file:
             raise UserError(
                 f"r={r} is above the size of layer {name!r} ({self.in_features} -> {self.out_features}): at "
                 f"most {largest} there; lower `r`, give the layer its own rank in `rank_pattern`, or leave "

@@ -162,8 +162,8 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "predictions": _predictions(run),
         "recipe": run.recipe_text.strip(),
         "command": _command(run),
-        "versions": _flat(facts.section(metrics, "versions")),
-        "hardware": _flat(facts.section(metrics, "hardware")),
+        "versions": flat_facts(facts.section(metrics, "versions")),
+        "hardware": flat_facts(facts.section(metrics, "hardware")),
     }
 
 
@@ -236,13 +236,13 @@ def _command(run: RunRecord) -> str:
     return f"leantune train {shlex.quote(folder + '/recipe.yaml')} {shlex.quote(f'output={folder}-again')}"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_facts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested keys as one list of names and texts; sizes and counts in readable units."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat |= _flat(value, f"{name} ")
+            flat |= flat_facts(value, f"{name} ")
         elif name.endswith("bytes") and is_finite(value):
             flat[name.removesuffix("bytes").strip("_ ") or name] = format_bytes(value)
         elif is_number(value):

@@ -96,7 +96,7 @@ def line_plot(
         last: The x axis goes from zero at least to here, so that all plots of a run line up.
         x_label: What runs along the x axis.
     """
-    with _settings():
+    with settings():
         figure, axes = canvas(size)
         for each in series:
             _draw(axes, each, size)
@@ -128,7 +128,8 @@ def _y_axis(axes: Axes, limits: tuple[float, float], *, log: bool, from_zero: bo
         axes.set_ylim(bottom=0)
 
 
-def _settings() -> Any:
+def settings() -> Any:
+    """matplotlib as every plot of a page wants it, while a `with` block lasts."""
     import matplotlib
 
     return matplotlib.rc_context(_SETTINGS)
@@ -212,7 +213,7 @@ def to_svg(figure: Figure, title: str, description: str) -> Markup:
     """`figure` as an SVG element for the page: themed, titled, with ids that no other plot has."""
     prefix = "p" + hashlib.sha256(f"{title}\0{description}".encode()).hexdigest()[:8]
     buffer = io.StringIO()
-    with warnings.catch_warnings(), _settings():
+    with warnings.catch_warnings(), settings():
         # a script that matplotlib's own font lacks is the reader's browser's business
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -31,14 +31,18 @@ def estimation_steps(recipe: Recipe, rows: int) -> int:
     wanted = recipe.lean.prune.estimate_steps
     if isinstance(wanted, int):
         return wanted
+    return max(2, math.ceil(wanted * training_steps(recipe, rows)))
+
+
+def training_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps that `train` asks for on so many rows, as the Trainer counts them in one process."""
     train = recipe.train
-    steps = train.steps
-    if steps is None:
-        accumulation = int((train.model_extra or {}).get("gradient_accumulation_steps", 1))
-        batches = math.ceil(rows / train.batch_size)
-        an_epoch = max(batches // accumulation + int(batches % accumulation > 0), 1)
-        steps = math.ceil(train.epochs * an_epoch)
-    return max(2, math.ceil(wanted * steps))
+    if train.steps is not None:
+        return train.steps
+    accumulation = int((train.model_extra or {}).get("gradient_accumulation_steps", 1))
+    batches = math.ceil(rows / train.batch_size)
+    an_epoch = max(batches // accumulation + int(batches % accumulation > 0), 1)
+    return math.ceil(train.epochs * an_epoch)
 
 
 def write_plan(folder: RunFolder, model: nn.Module, recipe: Recipe, console: Console) -> None:

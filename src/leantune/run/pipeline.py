@@ -16,7 +16,7 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from leantune.errors import UserError
 from leantune.measure import PeakMemory, saved_activation_bytes
@@ -25,16 +25,14 @@ from leantune.report import write_report
 from leantune.run import lean
 from leantune.run.callbacks import ProgressBar, RunLog, StopOnSignal
 from leantune.run.checkpoints import newest_complete
-from leantune.run.data import open_splits
 from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
 from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
 from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
+from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
-from leantune.run.models import load_base, load_config, load_tokenizer, quiet_transformers
+from leantune.run.models import load_base, quiet_transformers
 from leantune.run.prediction import sample_predictions
-from leantune.run.tasks import Task, make_task
-from leantune.run.tasks.base import effective_max_length
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
@@ -58,14 +56,9 @@ class Run:
 
 
 @dataclass
-class _Prepared:
+class _Prepared(Inputs):
     """What is known before the run folder is touched."""
 
-    splits: DatasetDict
-    task: Task
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    encoded: dict[str, Dataset]
     model: nn.Module
 
 
@@ -114,22 +107,11 @@ def train(
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
-    splits = open_splits(recipe.data, recipe.train.seed)
-    task = make_task(recipe)
-    for name in task.without_labels(splits):
-        console.print(f"the {name} split has no labels: it is left out")
-        del splits[name]
-    changes = task.fit(splits)
-    tokenizer = load_tokenizer(recipe.model)
-    config = load_config(recipe.model, pad_token_id=tokenizer.pad_token_id, **changes)
-    length = effective_max_length(recipe, config, tokenizer)
-    encoded = {
-        name: task.encode(split, tokenizer, length, f"the {name} split") for name, split in splits.items()
-    }
-    training_arguments(recipe, Path("unused"), "validation" in splits)
+    inputs = read_inputs(recipe, console)
+    training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
     set_seed(recipe.train.seed)
-    model = lean.attach(load_base(recipe.model, task.auto_class, config), recipe, task.peft_task_type)
-    return _Prepared(splits, task, config, tokenizer, encoded, model)
+    base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:

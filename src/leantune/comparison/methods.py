@@ -1,0 +1,131 @@
+"""The methods that can be compared: what each name changes in a recipe, and how names combine with "+".
+
+A method changes `lean` and `train` and nothing else, so data, model and schedule are the recipe's own. Where
+the recipe has settings of its own for what a method needs (its LoRA's rank, its share of tokens), they hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from leantune.errors import UserError
+from leantune.recipes import Recipe
+
+LORA = {"type": "lora", "r": 8}
+LAMDA = {"type": "lamda", "r": 32}
+THIRDS = {"heads": "1/3", "neurons": "1/3"}
+TOKENS = {"keep": 0.25}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One name: what it is, and what it sets under `lean` and `train`."""
+
+    what: str
+    lean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+# One row a name. Without an adapter among its parts a method trains LoRA.
+PARTS: dict[str, Part] = {
+    "full": Part("every weight is trained", {"adapter": {"type": "none"}}),
+    "lora": Part("PEFT's LoRA", {"adapter": LORA}),
+    "lamda": Part("adapter B·S·A, A and gradually B frozen", {"adapter": LAMDA}),
+    "bottleneck": Part("the serial Adapter", {"adapter": {"type": "bottleneck"}}),
+    "ckpt": Part("gradient checkpointing", train={"gradient_checkpointing": True}),
+    "tokentune": Part("back-propagates through some tokens", {"tokens": TOKENS}),
+    "light-peft": Part("prunes base and adapter early", {"prune": {**THIRDS, "modules": 0.5, "ranks": 0.5}}),
+    "lean": Part(
+        "LaMDA, pruned base and chosen tokens", {"adapter": LAMDA, "prune": THIRDS, "tokens": TOKENS}
+    ),
+    "recipe": Part("the recipe as it stands"),
+}
+DEFAULT_METHODS = ("full", "lora", "lamda", "tokentune", "light-peft", "lean")
+# Adapters on the same layers as each other; a bottleneck sits behind blocks instead.
+_ON_LAYERS = {"lora", "lamda"}
+
+
+def parse_methods(names: str | Sequence[str]) -> list[str]:
+    """Names as typed, each checked.
+
+    Args:
+        names: A list, or one text with commas between.
+
+    Raises:
+        UserError: A name is unknown, given twice, or joins what excludes each other; or there is none.
+    """
+    listed = names.split(",") if isinstance(names, str) else list(names)
+    listed = [name.strip() for name in listed if name.strip()]
+    if not listed:
+        raise UserError(f"methods: none is named (accepted: {_accepted()})")
+    for name in listed:
+        _check(name)
+        if listed.count(name) > 1:
+            raise UserError(f"methods: {name!r} is named twice")
+    return listed
+
+
+def _check(name: str) -> None:
+    parts = name.split("+")
+    for part in parts:
+        if part not in PARTS:
+            near = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.5)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"methods: {part!r} is unknown{guess} (accepted: {_accepted()})")
+    homes: dict[str, str] = {}
+    for part in parts:
+        for key in [*PARTS[part].lean, *PARTS[part].train]:
+            if key in homes:
+                raise UserError(f"methods: {name!r}: {homes[key]} and {part} both set {key}")
+            homes[key] = part
+    if "recipe" in parts and any(PARTS[part].lean for part in parts):
+        raise UserError(f"methods: {name!r}: recipe says all of lean itself")
+    if "full" in parts and "light-peft" in parts:
+        raise UserError(
+            f"methods: {name!r}: light-peft prunes base and adapter together, full has no adapter"
+        )
+
+
+def _accepted() -> str:
+    return f"{', '.join(PARTS)}; joined by + where they go together, lamda+tokentune say"
+
+
+def describe(name: str) -> str:
+    """A method in words."""
+    return " + ".join(PARTS[part].what for part in name.split("+"))
+
+
+def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the method makes of a recipe.
+
+    Args:
+        name: Checked by `parse_methods`.
+        recipe: Whose own settings hold where they are of the same kind.
+
+    Returns:
+        The whole of `lean`, and changes to `train`.
+    """
+    lean: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    own = recipe.to_dict()["lean"]
+    for part in name.split("+"):
+        lean |= own if part == "recipe" else PARTS[part].lean
+        train |= PARTS[part].train
+    adapter = lean.get("adapter", LORA)
+    lean["adapter"] = _adapter(adapter, own["adapter"])
+    for key in ("prune", "tokens"):
+        if lean.get(key) is not None and own[key] is not None:
+            lean[key] = own[key]
+    return lean, train
+
+
+def _adapter(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's own adapter where it is of that type; else the table's, on the recipe's layers."""
+    if wanted["type"] == own["type"]:
+        return own
+    if {wanted["type"], own["type"]} <= _ON_LAYERS:
+        return wanted | {key: own[key] for key in ("target_modules", "exclude_modules")}
+    return wanted

@@ -54,6 +54,7 @@ TABLES = {
             "banking77",
             "trec-start",
             "tokentune-trec",
+            "tokentune-strategies",
             "tokentune-decoder",
             "lightpeft-trec",
             "lightpeft-sst2",

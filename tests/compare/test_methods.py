@@ -17,6 +17,14 @@ from leantune.recipes.loading import validate
 NAMES = [*PARTS, "lamda+tokentune", "bottleneck+light-peft", "full+tokentune", "lean+ckpt", "recipe+ckpt"]
 
 
+def test_lean_chooses_tokens_as_the_head_reads_them() -> None:
+    for task, strategy in (("classification", "attention"), ("causal-lm", "random")):
+        recipe = make()
+        recipe.model.task = task
+        lean = plan_methods(recipe, ["lean"], {}, 100)[0].settings["lean"]
+        assert (lean["tokens"]["strategy"], lean["adapter"]["type"]) == (strategy, "lamda")
+
+
 def make(lean: dict[str, Any] | None = None, **train: Any) -> Recipe:
     data = {
         "model": {"path": "m", "task": "classification"},

@@ -18,15 +18,27 @@ LORA = {"type": "lora", "r": 8}
 LAMDA = {"type": "lamda", "r": 32}
 THIRDS = {"heads": "1/3", "neurons": "1/3"}
 TOKENS = {"keep": 0.25}
+# Where one position feeds the head, what it attends to says which tokens matter. A language model's tokens have
+# a loss each, and chance is fair to them.
+ATTENDED = {"keep": 0.25, "strategy": "attention"}
+POOLED = {"classification", "regression"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One name: what it is, and what it sets under `lean` and `train`."""
+    """One name: what it is, and what it sets under `lean` and `train`.
+
+    Attributes:
+        what: In words.
+        lean: Its settings.
+        train: Its settings.
+        pooled: In `lean` as well, where one position of a text feeds the head.
+    """
 
     what: str
     lean: dict[str, dict[str, Any]] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    pooled: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 # One row a name. Without an adapter among its parts a method trains LoRA.
@@ -39,7 +51,9 @@ PARTS: dict[str, Part] = {
     "tokentune": Part("back-propagates through some tokens", {"tokens": TOKENS}),
     "light-peft": Part("prunes base and adapter early", {"prune": {**THIRDS, "modules": 0.5, "ranks": 0.5}}),
     "lean": Part(
-        "LaMDA, pruned base and chosen tokens", {"adapter": LAMDA, "prune": THIRDS, "tokens": TOKENS}
+        "LaMDA, pruned base and chosen tokens",
+        {"adapter": LAMDA, "prune": THIRDS, "tokens": TOKENS},
+        pooled={"tokens": ATTENDED},
     ),
     "recipe": Part("the recipe as it stands"),
 }
@@ -113,6 +127,7 @@ def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     own = recipe.to_dict()["lean"]
     for part in name.split("+"):
         lean |= own if part == "recipe" else PARTS[part].lean
+        lean |= PARTS[part].pooled if recipe.model.task in POOLED else {}
         train |= PARTS[part].train
     adapter = lean.get("adapter", LORA)
     lean["adapter"] = _adapter(adapter, own["adapter"])

@@ -18,8 +18,8 @@ LORA = {"type": "lora", "r": 8}
 LAMDA = {"type": "lamda", "r": 32}
 THIRDS = {"heads": "1/3", "neurons": "1/3"}
 TOKENS = {"keep": 0.25}
-# Where one position feeds the head, what it attends to says which tokens matter. A language model's tokens have
-# a loss each, and chance is fair to them.
+# Where one position feeds the head, what it attends to says which tokens matter. The tokens of a language
+# model have a loss each, and chance is fair to them.
 ATTENDED = {"keep": 0.25, "strategy": "attention"}
 POOLED = {"classification", "regression"}
 

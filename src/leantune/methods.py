@@ -20,7 +20,7 @@ class Method:
 
 ALL_TASKS = ("classification", "regression", "causal-lm")
 # What a run with the method can do; a missing key means no.
-ABILITIES = ("resume", "bf16", "checkpointing", "export lora", "export merged", "export pruned")
+ABILITIES = ("resume", "bf16", "checkpointing", "quantised", "export lora", "export merged", "export pruned")
 WHOLE = ABILITIES[:-1]  # all that a method can do that does not prune
 
 
@@ -45,7 +45,7 @@ METHODS: tuple[Method, ...] = (
         paper="Houlsby et al. 2019, arXiv 1902.00751",
         card="src/leantune/bottleneck/README.md",
         tasks=ALL_TASKS,
-        can=_can("resume", "bf16", "checkpointing"),
+        can=_can("resume", "bf16", "checkpointing", "quantised"),
     ),
     Method(
         name="light-peft",

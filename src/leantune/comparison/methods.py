@@ -25,7 +25,7 @@ class Part:
     """One name: what it is, and what it sets under `lean` and `train`."""
 
     what: str
-    lean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lean: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,6 +41,8 @@ PARTS: dict[str, Part] = {
     "lean": Part(
         "LaMDA, pruned base and chosen tokens", {"adapter": LAMDA, "prune": THIRDS, "tokens": TOKENS}
     ),
+    "nf4": Part("base in 4 bits (NF4)", {"quantize": "nf4"}),
+    "qlora": Part("LoRA on a base in 4 bits (NF4)", {"adapter": LORA, "quantize": "nf4"}),
     "recipe": Part("the recipe as it stands"),
 }
 DEFAULT_METHODS = ("full", "lora", "lamda", "tokentune", "light-peft", "lean")
@@ -83,6 +85,10 @@ def _check(name: str) -> None:
             homes[key] = part
     if "recipe" in parts and any(PARTS[part].lean for part in parts):
         raise UserError(f"methods: {name!r}: recipe says all of lean itself")
+    if "full" in parts and "nf4" in parts:
+        raise UserError(f"methods: {name!r}: full trains the base itself, which packed weights do not allow")
+    if "nf4" in parts and {"light-peft", "lean"} & set(parts):
+        raise UserError(f"methods: {name!r}: packed weights cannot be pruned")
     if "full" in parts and "light-peft" in parts:
         raise UserError(
             f"methods: {name!r}: light-peft prunes base and adapter together, full has no adapter"

@@ -33,6 +33,7 @@ from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import load_base, quiet_transformers
 from leantune.run.prediction import sample_predictions
+from leantune.run.quantization import weight_bytes
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
@@ -110,7 +111,7 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     inputs = read_inputs(recipe, console)
     training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
     set_seed(recipe.train.seed)
-    base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
     return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
 
 
@@ -190,6 +191,7 @@ def _fit(
     )
     facts: dict[str, Any] = {
         "parameters": count_parameters(model),
+        "weight_bytes": weight_bytes(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
     peak = _run(trainer, recipe, folder, stop, progress, checkpoint)

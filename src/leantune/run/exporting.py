@@ -258,12 +258,13 @@ def _readme(loaded: LoadedRun, to: str) -> str:
         quantised = ", quantization_config=quantization" if code else ""
         opening = (
             'config = AutoConfig.from_pretrained(".")   # number and names of labels\n'
-            f"{code[1] if code else ''}"
+            f"{code.before if code else ''}"
             f'base = {auto}.from_pretrained("{base}", config=config{quantised})\n'
+            f"{code.after if code else ''}"
             'model = PeftModel.from_pretrained(base, ".")'
         )
         imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoTokenizer, {auto}"
-        imports += f"\n{code[0]}" if code else ""
+        imports += f"\n{code.imports}" if code else ""
     return (
         f"# {loaded.recipe.method} run on {loaded.recipe.model.path}, exported as {to}.{note}\n\n"
         f'```python\n{imports}\n\n{opening}\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n'

@@ -33,7 +33,7 @@ from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import load_base, quiet_transformers
 from leantune.run.prediction import sample_predictions
-from leantune.run.quantization import weight_bytes
+from leantune.run.quantization import check_installed, weight_bytes
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
@@ -108,6 +108,8 @@ def train(
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    if recipe.lean.quantize is not None:
+        check_installed(recipe.lean.quantize)
     inputs = read_inputs(recipe, console)
     training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
     set_seed(recipe.train.seed)

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -96,21 +96,37 @@ def quantization_config(kind: str, skip: list[str]) -> Any:
     return BitsAndBytesConfig(**options, llm_int8_skip_modules=skip)
 
 
-def quantization_code(model: Any) -> tuple[str, str]:
-    """Python that loads the same base without leantune: imports, and lines that make `quantization`."""
+class Code(NamedTuple):
+    """Lines of Python: imports, before the base is loaded (they make `quantization`), and after."""
+
+    imports: str
+    before: str
+    after: str = ""
+
+
+def quantization_code(model: Any) -> Code:
+    """How the same base is loaded without leantune."""
     config = model.hf_quantizer.quantization_config
     if config.quant_method == "torchao":
         imports = (
             "from torchao.quantization import Int8WeightOnlyConfig\nfrom transformers import TorchAoConfig"
         )
         skip = f"modules_to_not_convert={config.modules_to_not_convert!r}"
-        return imports, f"quantization = TorchAoConfig(Int8WeightOnlyConfig(), {skip})\n"
+        return Code(imports, f"quantization = TorchAoConfig(Int8WeightOnlyConfig(), {skip})\n")
     kind = next(kind for kind in KINDS.values() if _same(kind, config))
     options = ", ".join(f"{key}={value!r}" for key, value in kind.options.items())
     options += f", bnb_4bit_compute_dtype={model.dtype}" if config.load_in_4bit else ""
     skip = f"llm_int8_skip_modules={config.llm_int8_skip_modules!r}"
-    imports = "import torch\nfrom transformers import BitsAndBytesConfig"
-    return imports, f"quantization = BitsAndBytesConfig({options}, {skip})\n"
+    after = (
+        "for module in base.modules():   # some CPUs would compute in another precision, and not train\n"
+        '    if hasattr(module, "support_avx512bf16_for_cpu"):\n'
+        "        module.support_avx512bf16_for_cpu = False\n"
+    )
+    return Code(
+        "import torch\nfrom transformers import BitsAndBytesConfig",
+        f"quantization = BitsAndBytesConfig({options}, {skip})\n",
+        after if config.load_in_4bit else "",
+    )
 
 
 def _same(kind: Kind, config: Any) -> bool:

@@ -36,12 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prune": {"estimate_steps": 4, "heads": "1/4", "heads_scope": "global"},
         "tokens": {"keep": 0.5},
     },
-    "lora+nf4": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "quantize": "nf4"},
-    "lamda+tokentune+int8": {
+    "lora+int8": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "quantize": "int8"},
+    "lamda+tokentune+int8-torchao": {
         "adapter": {"type": "lamda", "r": 4},
         "tokens": {"keep": 0.5},
-        "quantize": "int8",
-    },
+        "quantize": "int8-torchao",
+    },  # fmt: skip
     "lora+tokentune": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "tokens": {"keep": 4}},
 }
 

@@ -52,17 +52,19 @@ def dequantised_weight(layer: Any) -> Tensor:
 
 
 def make_trainable(layer: Any, name: str) -> None:
-    """See to it that gradients pass through a quantised layer; nothing happens to a plain one.
+    """See to it that a quantised layer computes and passes gradients; nothing happens to a plain one.
 
     On CPUs with AVX512_BF16, bitsandbytes repacks a 4-bit weight for inference in the first forward pass in
     evaluation mode. From then on no gradient passes, and nothing says so. Here that is switched off.
+    And its CPU kernel (0.50.2) unpacks some 4-bit weights whose rows are no whole number of blocks with the
+    scales of other blocks, just as silently. Such layers are refused.
 
     Args:
         layer: Any layer.
         name: Its name, for messages.
 
     Raises:
-        UserError: The layer was repacked already, or is of a kind that loses the gradient.
+        UserError: The layer was repacked already, loses the gradient by its kind, or is unpacked wrongly.
     """
     kind = packing(layer)
     if kind == "bnb 4bit":
@@ -73,8 +75,29 @@ def make_trainable(layer: Any, name: str) -> None:
                 f"the adapter before it is used"
             )
         layer.support_avx512bf16_for_cpu = False
+        _check_unpacking(layer, name)
     elif kind == "torchao":
         _check_torchao(layer.weight, name)
+
+
+def _check_unpacking(layer: Any, name: str) -> None:
+    """Where the rows of a 4-bit weight are no whole number of blocks: is it unpacked as it was packed?"""
+    weight, state = layer.weight, layer.weight.quant_state
+    if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+        return
+    from bitsandbytes import functional
+
+    codes, count = weight.data.view(torch.uint8).flatten(), torch.Size(state.shape).numel()
+    values = state.code[torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()][:count]
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    expected = (values * scales.repeat_interleave(state.blocksize)[:count]).reshape(state.shape)
+    if not torch.allclose(dequantised_weight(layer).float(), expected, rtol=1e-2, atol=0):
+        raise UserError(
+            f"layer {name!r} ({state.shape[1]} inputs): bitsandbytes unpacks 4-bit weights wrongly on this "
+            f"CPU unless the inputs are a multiple of {state.blocksize}; quantise to 8 bits, or use a GPU"
+        )
 
 
 def _check_torchao(weight: Any, name: str) -> None:

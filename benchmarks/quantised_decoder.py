@@ -1,11 +1,12 @@
-"""A real decoder on an NF4 base against the same on its bfloat16 base: loss curves, held-out loss, bytes, export.
+"""A real decoder on an NF4 base against the same on its bfloat16 base: losses, bytes, exports.
 
     python benchmarks/quantised_decoder.py [--seeds 0 1]
 
-Gemma 3 270M (`pip install 'leantune[gemma,quant]'`; its terms apply) on instructions (`../shared/data/alpaca`, not
-shipped). Within a seed all four runs see the same batches at equal steps, each adapter at one rate. Runs are those
-of `leantune train` without its sample of written answers, which costs more than the training here. Writes
-`benchmarks/results/quantised-decoder.json` after every run, and goes on where it was stopped.
+Gemma 3 270M (`pip install 'leantune[gemma,quant]'`; its terms apply) on instructions, which are not shipped
+(`../shared/data/alpaca`). Within a seed all four runs see the same batches at equal steps, each adapter at one
+rate. Runs are those of `leantune train` without its sample of written answers, which costs more than the
+training here. Writes `benchmarks/results/quantised-decoder.json` after every run, and goes on where it was
+stopped.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/quantised_decoder.py [--seeds 0 1]
 
 Gemma 3 270M (`pip install 'leantune[gemma,quant]'`; its terms apply) on instructions, which are not shipped
-(`../shared/data/alpaca`). Within a seed all four runs see the same batches at equal steps, each adapter at one
-rate. Runs are those of `leantune train` without its sample of written answers, which costs more than the
+(`../shared/data/alpaca`). Within a seed all four runs see the same batches at equal steps, each adapter at
+one rate. Runs are those of `leantune train` without its sample of written answers, which costs more than the
 training here. Writes `benchmarks/results/quantised-decoder.json` after every run, and goes on where it was
 stopped.
 """

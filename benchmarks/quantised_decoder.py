@@ -27,7 +27,7 @@ from leantune.run.callbacks import read_log
 PLACE = Path("runs/quantised-decoder")
 RESULT = Path(__file__).parent / "results" / "quantised-decoder.json"
 RECIPE = Path(__file__).parent / "recipes" / "gemma-alpaca.yaml"
-COMMON = ("train.batch_size=2", "train.steps=40", "data.max_length=96", "data.evaluation_rows=40")
+COMMON = ("train.batch_size=2", "train.steps=20", "data.max_length=64", "data.evaluation_rows=16")
 LAMDA = ("lean.adapter={type: lamda, r: 32}", "train.learning_rate=2.0e-3")
 NF4 = ("lean.quantize=nf4",)
 VARIANTS: dict[str, tuple[str, ...]] = {

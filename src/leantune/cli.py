@@ -68,7 +68,7 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "peft", "accelerate", "datasets", "torch"):
+        for name in ("transformers", "peft", "accelerate", "datasets", "torch", "torchao", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
         command(*args, **kwargs)
 
@@ -252,6 +252,8 @@ def export(
         return
     difference = f"largest difference {done.max_abs_difference:.1e}"
     typer.echo(f"{done.folder}: {done.kind}, outputs equal to the run's ({difference})")
+    if done.base is not None:
+        typer.echo(done.base)
 
 
 @app.command()

@@ -36,7 +36,7 @@ class Part:
     """
 
     what: str
-    lean: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lean: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     pooled: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -55,6 +55,8 @@ PARTS: dict[str, Part] = {
         {"adapter": LAMDA, "prune": THIRDS, "tokens": TOKENS},
         pooled={"tokens": ATTENDED},
     ),
+    "nf4": Part("base in 4 bits (NF4)", {"quantize": "nf4"}),
+    "qlora": Part("LoRA on a base in 4 bits (NF4)", {"adapter": LORA, "quantize": "nf4"}),
     "recipe": Part("the recipe as it stands"),
 }
 DEFAULT_METHODS = ("full", "lora", "lamda", "tokentune", "light-peft", "lean")
@@ -97,6 +99,10 @@ def _check(name: str) -> None:
             homes[key] = part
     if "recipe" in parts and any(PARTS[part].lean for part in parts):
         raise UserError(f"methods: {name!r}: recipe says all of lean itself")
+    if "full" in parts and "nf4" in parts:
+        raise UserError(f"methods: {name!r}: full trains the base itself, which packed weights do not allow")
+    if "nf4" in parts and {"light-peft", "lean"} & set(parts):
+        raise UserError(f"methods: {name!r}: packed weights cannot be pruned")
     if "full" in parts and "light-peft" in parts:
         raise UserError(
             f"methods: {name!r}: light-peft prunes base and adapter together, full has no adapter"

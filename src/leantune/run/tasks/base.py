@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -127,6 +128,12 @@ def effective_max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: Pr
     if limit is not None and asked > limit:
         raise UserError(f"data.max_length = {asked}: the model reads at most {limit} tokens")
     return asked
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that a sequence of the model can have: no more than there are learned positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else sys.maxsize
 
 
 def check_texts(values: Sequence[Any], column: str, where: str, first_row: int) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig, PeftType
 
 from leantune.errors import UserError
+from leantune.lamda.ranks import SpectralRanks
 from leantune.peft_methods import check_choices, check_layers, check_positive, check_ranks, check_share
 from leantune.peft_methods.checks import is_whole
 
@@ -98,6 +99,17 @@ class LamdaConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Layer name or regular expression -> its alpha, instead of `lamda_alpha`."},
     )
+    spectral_ranks: SpectralRanks | None = field(
+        default=None,
+        metadata={
+            "help": "LaMDA++: the rank of each layer from the spectrum of its weight, under one budget for "
+            "all (`r` is not used then). The ranks are written into `rank_pattern` when the adapter is made."
+        },
+    )
+    spectral_scores: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Filled in with `spectral_ranks`: layer name -> energy score in [0, 1]."},
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained in full and saved with the adapter, for example a classifier."},
@@ -120,6 +132,7 @@ class LamdaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_spectral()
         check_ranks(self)
         check_positive(self, "lamda_alpha")
         check_share(self, "lamda_dropout", closed=False)
@@ -131,6 +144,23 @@ class LamdaConfig(PeftConfig):
     def from_file(self) -> bool:
         """Whether this config was read from a saved adapter (whose factors are then expected, too)."""
         return self._from_file
+
+    def _check_spectral(self) -> None:
+        if isinstance(self.spectral_ranks, dict):  # from a file, or from a person who likes it plain
+            try:
+                self.spectral_ranks = SpectralRanks(**self.spectral_ranks)
+            except TypeError as error:
+                raise UserError(
+                    f"spectral_ranks={self.spectral_ranks!r}: {str(error).rpartition('() ')[2]}; it takes "
+                    f"budget, choices and more_rank_to"
+                ) from None
+        if self.spectral_ranks is not None and not isinstance(self.spectral_ranks, SpectralRanks):
+            raise UserError(f"spectral_ranks={self.spectral_ranks!r}: must be a SpectralRanks, or None")
+        if self.spectral_ranks is not None and self.rank_pattern and not self.spectral_scores:
+            raise UserError(
+                "rank_pattern and spectral_ranks are both given, and each says the ranks of layers: "
+                "leave one of them out"
+            )
 
     def _check_start(self) -> None:
         if not is_whole(self.svd_iterations) or self.svd_iterations < 0:

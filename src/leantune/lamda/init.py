@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ _FULL_SVD_SIDE = 256
 _OVERSAMPLE = 8
 
 
+class Spectrum(NamedTuple):
+    """Leading singular triplets of a weight, in descending order; float32 (float64 if the weight is)."""
+
+    U: Tensor | None  # (d_out, k); None where nobody needs it
+    sigma: Tensor  # (k,)
+    V: Tensor | None  # (d_in, k); None where nobody needs it
+
+
 class Factors(NamedTuple):
     """The fixed part of one adapted layer: float32, columns of B0 and rows of A in the order of freezing."""
 
@@ -23,7 +31,7 @@ class Factors(NamedTuple):
     B0: Tensor  # (d_out, r)
 
 
-def initial_factors(weight: Tensor, r: int, config: LamdaConfig) -> Factors:
+def initial_factors(weight: Tensor, r: int, config: LamdaConfig, spectrum: Spectrum | None = None) -> Factors:
     """Compute A, S0 and B0 of one layer; METHODS 1, "Initialisation".
 
     The result depends on the weight, the rank and the config alone: the global random state is neither
@@ -32,29 +40,80 @@ def initial_factors(weight: Tensor, r: int, config: LamdaConfig) -> Factors:
     Args:
         weight: (d_out, d_in), any floating dtype. It is not changed.
         r: Rank, at most min(d_out, d_in).
-        config: `init`, `init_scale`, `freeze_order`, `svd_seed` and `svd_iterations` are read.
+        config: `init`, `init_scale`, `freeze_order`, `spectral_ranks`, `svd_seed` and `svd_iterations` are
+            read.
+        spectrum: From `leading_spectrum` on the same weight and config, if it is known already.
 
     Returns:
         `Factors`, contiguous and in float32 (float64 if the weight is), on the weight's device.
     """
-    W = weight.detach()
-    W = W if W.dtype == torch.float64 else W.float()
+    W = _wide(weight)
     with torch.no_grad(), _seeded(config.svd_seed, W.device):
+        U, sigma, V = W[:, :0], W[0, :0], W[:0].T
         if config.init == "smallest":
             U, sigma, V = _smallest(W, r)
-        else:
-            needs_spectrum = config.init == "svd" or config.init_scale != "identity"
-            U, sigma, V = (
-                _largest(W, r, config.svd_iterations) if needs_spectrum else (W[:, :0], W[0, :0], W[:0].T)
-            )
-            if config.init != "svd":
-                U, V = _random(W, r, orthonormal=config.init == "orthogonal")
+        elif needs_spectrum(config):
+            known = spectrum or leading_spectrum(weight, r, config)
+            sigma = known.sigma[:r]
+            if config.init == "svd":
+                V = cast(Tensor, known.V)[:, :r]
+                U = U if known.U is None else known.U[:, :r]
+        if config.init in ("random", "orthogonal"):
+            U, V = _random(W, r, orthonormal=config.init == "orthogonal")
         S0 = _scaled(sigma, r, config.init_scale, W)
         if config.freeze_order == "smallest":
             U, S0, V = U.flip(1), S0.flip(0), V.flip(1)
         # The SVD returns column-major matrices; a copy read back from a file is row-major, and matrix
         # products of the two differ in the last bit. Row-major from the beginning.
         return Factors(A=V.T.contiguous(), S0=S0.contiguous(), B0=U.contiguous())
+
+
+def needs_spectrum(config: LamdaConfig) -> bool:
+    """Whether the factors come from the leading singular triplets of the weight."""
+    if config.init == "svd":
+        return True
+    return config.init in ("random", "orthogonal") and config.init_scale != "identity"
+
+
+def leading_spectrum(weight: Tensor, r: int, config: LamdaConfig) -> Spectrum:
+    """The leading singular triplets of a weight, at least r of them (all, if it has no more).
+
+    With `spectral_ranks`, and if the factors come from here, there are as many as the largest choice,
+    whatever r is, so that one decomposition serves both the scores and the factors of every rank. Seeded; the
+    global random state is left alone.
+
+    Args:
+        weight: (d_out, d_in), any floating dtype.
+        r: Rank that is wanted.
+        config: `spectral_ranks`, `svd_seed` and `svd_iterations` are read.
+    """
+    width = r
+    if config.spectral_ranks is not None and needs_spectrum(config):
+        width = max(r, *(config.spectral_ranks.choices or ()))
+    width = min(width, *weight.shape)
+    W = _wide(weight)
+    with torch.no_grad(), _seeded(config.svd_seed, W.device):
+        return Spectrum(*_largest(W, width, config.svd_iterations))
+
+
+def energy_score(weight: Tensor, sigma: Tensor, r: int) -> float:
+    """E(r) = (sum of the r largest sigma_i^2) / ||W||_F^2, in [0, 1]; METHODS 1, "LaMDA++".
+
+    Args:
+        weight: W.
+        sigma: Its singular values in descending order, at least r of them or all.
+        r: At which rank; above the size of W: at its size.
+
+    Returns:
+        The score; 1 for a weight of zeros, of which any rank has everything.
+    """
+    whole = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).square().item()
+    return min(1.0, sigma[:r].double().square().sum().item() / whole) if whole else 1.0
+
+
+def _wide(weight: Tensor) -> Tensor:
+    W = weight.detach()
+    return W if W.dtype == torch.float64 else W.float()
 
 
 def _largest(W: Tensor, r: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

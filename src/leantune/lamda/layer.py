@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from leantune.errors import UserError
 from leantune.lamda.config import LamdaConfig
 from leantune.lamda.function import LowRank
-from leantune.lamda.init import initial_factors
+from leantune.lamda.init import Spectrum, initial_factors
 from leantune.lamda.merging import Merging
 
 
@@ -95,7 +95,15 @@ class LamdaLinear(nn.Module, Merging):
 
     # -- making an adapter -----------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, r: int, alpha: float, config: LamdaConfig, name: str) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float,
+        config: LamdaConfig,
+        name: str,
+        spectrum: Spectrum | None = None,
+    ) -> None:
         """Add the adapter `adapter_name` of rank `r` to this layer.
 
         Args:
@@ -104,6 +112,7 @@ class LamdaLinear(nn.Module, Merging):
             alpha: The scale is alpha / r.
             config: The adapter's settings.
             name: The layer's name in the model, for messages.
+            spectrum: Of the base weight, if it is known already.
 
         Raises:
             UserError: The rank is larger than the layer.
@@ -124,7 +133,7 @@ class LamdaLinear(nn.Module, Merging):
         dropout = config.lamda_dropout
         self.lamda_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self._add_trained(adapter_name, r, config)
-        self._add_fixed(adapter_name, r, config)
+        self._add_fixed(adapter_name, r, config, spectrum)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_trained(self, adapter_name: str, r: int, config: LamdaConfig) -> None:
@@ -139,7 +148,7 @@ class LamdaLinear(nn.Module, Merging):
         self.lamda_B[adapter_name] = nn.Parameter(B)
         self.lamda_B_frozen[adapter_name] = B.new_empty(self.out_features, 0)
 
-    def _add_fixed(self, adapter_name: str, r: int, config: LamdaConfig) -> None:
+    def _add_fixed(self, adapter_name: str, r: int, config: LamdaConfig, spectrum: Spectrum | None) -> None:
         device, dtype = self._place()
         shapes: dict[str, tuple[int, ...]] = {"lamda_A": (r, self.in_features)}
         if config.init_scale != "identity":
@@ -153,9 +162,9 @@ class LamdaLinear(nn.Module, Merging):
         self.pending[adapter_name] = True
         expects_file = config.from_file or self.lamda_S[adapter_name].device.type == "meta"
         if not expects_file:
-            self.materialize(adapter_name)
+            self.materialize(adapter_name, spectrum)
 
-    def materialize(self, adapter_name: str) -> None:
+    def materialize(self, adapter_name: str, spectrum: Spectrum | None = None) -> None:
         """Fill A, S0 and B0 of an adapter that was made in the expectation of a file and did not get one.
 
         An adapter whose config comes from a file starts with factors of NaN instead of a costly SVD that the
@@ -163,13 +172,15 @@ class LamdaLinear(nn.Module, Merging):
         """
         if not self.pending.pop(adapter_name, False) or not self.lamda_A[adapter_name].isnan().any():
             return
-        factors = initial_factors(self._base_matrix(), self.r[adapter_name], self.config[adapter_name])
+        factors = initial_factors(
+            self.base_matrix(), self.r[adapter_name], self.config[adapter_name], spectrum
+        )
         for attribute, value in (("lamda_A", factors.A), ("lamda_S0", factors.S0), ("lamda_B0", factors.B0)):
             buffers = getattr(self, attribute)
             if adapter_name in buffers:
                 buffers[adapter_name] = value.to(buffers[adapter_name])
 
-    def _base_matrix(self) -> Tensor:
+    def base_matrix(self) -> Tensor:
         """The base weight as (d_out, d_in)."""
         W = self.get_base_weight()
         return W.T if isinstance(self.get_base_layer(), Conv1D) else W

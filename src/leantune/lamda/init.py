@@ -47,13 +47,14 @@ def initial_factors(weight: Tensor, r: int, config: LamdaConfig, spectrum: Spect
     Returns:
         `Factors`, contiguous and in float32 (float64 if the weight is), on the weight's device.
     """
-    W = _wide(weight)
+    W = weight.detach()
     with torch.no_grad(), _seeded(config.svd_seed, W.device):
-        U, sigma, V = W[:, :0], W[0, :0], W[:0].T
+        nothing = W.new_empty(0, 0, dtype=_wide_dtype(W))
+        U, sigma, V = nothing, nothing, nothing
         if config.init == "smallest":
-            U, sigma, V = _smallest(W, r)
+            U, sigma, V = _smallest(_wide(W), r)
         elif needs_spectrum(config):
-            known = spectrum or leading_spectrum(weight, r, config)
+            known = spectrum or leading_spectrum(W, r, config)
             sigma = known.sigma[:r]
             if config.init == "svd":
                 V = cast(Tensor, known.V)[:, :r]
@@ -107,13 +108,16 @@ def energy_score(weight: Tensor, sigma: Tensor, r: int) -> float:
     Returns:
         The score; 1 for a weight of zeros, of which any rank has everything.
     """
-    whole = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).square().item()
+    whole = torch.linalg.vector_norm(_wide(weight)).item() ** 2
     return min(1.0, sigma[:r].double().square().sum().item() / whole) if whole else 1.0
 
 
 def _wide(weight: Tensor) -> Tensor:
-    W = weight.detach()
-    return W if W.dtype == torch.float64 else W.float()
+    return weight.detach().to(_wide_dtype(weight))
+
+
+def _wide_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _largest(W: Tensor, r: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,8 +146,8 @@ def _signed(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _random(W: Tensor, r: int, *, orthonormal: bool) -> tuple[Tensor, Tensor]:
     """Random U (d_out, r) and V (d_in, r) whose columns have length 1 (in the mean, if not orthonormal)."""
     d_out, d_in = W.shape
-    U = torch.randn(d_out, r, dtype=W.dtype, device=W.device)
-    V = torch.randn(d_in, r, dtype=W.dtype, device=W.device)
+    U = torch.randn(d_out, r, dtype=_wide_dtype(W), device=W.device)
+    V = torch.randn(d_in, r, dtype=_wide_dtype(W), device=W.device)
     if orthonormal:
         return torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]
     return U / d_out**0.5, V / d_in**0.5
@@ -151,7 +155,7 @@ def _random(W: Tensor, r: int, *, orthonormal: bool) -> tuple[Tensor, Tensor]:
 
 def _scaled(sigma: Tensor, r: int, scale: str, W: Tensor) -> Tensor:
     if scale == "identity":
-        return torch.ones(r, dtype=W.dtype, device=W.device)
+        return torch.ones(r, dtype=_wide_dtype(W), device=W.device)
     if scale == "spectrum":
         return sigma
     mean = sigma.mean()

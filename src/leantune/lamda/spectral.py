@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -150,6 +151,7 @@ def spectral_ranks(
         W = matrices[name]()
         if W.is_meta:
             raise UserError(f"spectral_ranks: the weight of layer {name!r} is on meta and has no spectrum")
+        W = W.detach().to(torch.promote_types(W.dtype, torch.float32))  # once for both of the following
         spectrum = leading_spectrum(W, settings.budget, config)
         scores[name], shapes[name] = energy_score(W, spectrum.sigma, settings.budget), W.shape
         if needs_spectrum(config):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from leantune.anatomy import find_groups
 from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
-from leantune.lamda import LamdaConfig, LamdaFreezing, frozen_share
+from leantune.lamda import LamdaConfig, LamdaFreezing, SpectralRanks, frozen_share
 from leantune.lightpeft import (
     Adapter,
     LightPeftConfig,
@@ -36,6 +36,7 @@ from leantune.tokentune import TokenTuneConfig, TokenTuneState, set_token_state,
 
 
 def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
+    ranks = recipe.spectral_ranks
     return LamdaConfig(
         r=recipe.r,
         lamda_alpha=recipe.alpha,
@@ -45,6 +46,8 @@ def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
         init_b=recipe.init_b,
         freeze_ratio=recipe.freeze_ratio,
         freeze_order=recipe.freeze_order,
+        rank_pattern=dict(recipe.rank_pattern),
+        spectral_ranks=None if ranks is None else SpectralRanks(**ranks.model_dump()),
         **common,
     )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         freeze_columns,
         frozen_columns,
         lamda_to_lora,
+        prepare_lamda,
         save_as_lora,
         spectral_rank_pattern,
     )
@@ -58,6 +59,7 @@ _HOME = {
     "freeze_columns": "leantune.lamda",
     "frozen_columns": "leantune.lamda",
     "lamda_to_lora": "leantune.lamda",
+    "prepare_lamda": "leantune.lamda",
     "save_as_lora": "leantune.lamda",
     "spectral_rank_pattern": "leantune.lamda",
     "ChoosingCollator": "leantune.tokentune",
@@ -112,6 +114,7 @@ __all__ = [
     "learned_plan",
     "load",
     "predict",
+    "prepare_lamda",
     "prune",
     "save_as_lora",
     "saved_activation_bytes",

@@ -11,7 +11,8 @@ from leantune.lamda.ranks import SpectralRanks
 from leantune.peft_methods import check_choices, check_layers, check_positive, check_ranks, check_share
 from leantune.peft_methods.checks import is_whole
 
-INITS = ("svd", "smallest", "random", "orthogonal")
+DATA_INITS = ("activation", "gradient")  # with `prepare_lamda`
+INITS = ("svd", "smallest", "random", "orthogonal", *DATA_INITS)
 INIT_SCALES = ("spectrum", "normalized", "identity")
 INIT_BS = ("vectors", "zero")
 FREEZE_ORDERS = ("largest", "smallest")
@@ -54,7 +55,8 @@ class LamdaConfig(PeftConfig):
         metadata={
             "help": "What A (and B0) span: 'svd' the leading singular vectors of W, 'smallest' "
             "those of the smallest (needs a full SVD), 'random' a scaled Gaussian, 'orthogonal' a random "
-            "orthonormal basis."
+            "orthonormal basis; from task data, by `leantune.prepare_lamda` before training: 'activation' "
+            "the leading directions of the layer's inputs, 'gradient' singular vectors of W's gradient."
         },
     )
     init_scale: str = field(
@@ -177,6 +179,16 @@ class LamdaConfig(PeftConfig):
                 "init_weights": (True, False),
             },
         )
+        if self.init in DATA_INITS and self.init_scale == "spectrum":
+            raise UserError(
+                f"init_scale='spectrum' with init={self.init!r}: the singular values of W do not belong to "
+                f"directions from data; use 'identity' or 'normalized'"
+            )
+        if self.init == "activation" and self.init_b == "vectors":
+            raise UserError(
+                "init_b='vectors' with init='activation': inputs have no left singular vectors; "
+                "use init_b='zero', or init='gradient'"
+            )
         if self.freeze_ratio == 0 and self.init_b == "zero" and self.init_weights:
             raise UserError(
                 "freeze_ratio=0 with init_b='zero': B would stay zero and the adapter could never learn; "

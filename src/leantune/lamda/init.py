@@ -48,7 +48,7 @@ def initial_factors(weight: Tensor, r: int, config: LamdaConfig, spectrum: Spect
         `Factors`, contiguous and in float32 (float64 if the weight is), on the weight's device.
     """
     W = weight.detach()
-    with torch.no_grad(), _seeded(config.svd_seed, W.device):
+    with torch.no_grad(), seeded(config.svd_seed, W.device):
         nothing = W.new_empty(0, 0, dtype=_wide_dtype(W))
         U, sigma, V = nothing, nothing, nothing
         if config.init == "smallest":
@@ -61,12 +61,25 @@ def initial_factors(weight: Tensor, r: int, config: LamdaConfig, spectrum: Spect
                 U = U if known.U is None else known.U[:, :r]
         if config.init in ("random", "orthogonal"):
             U, V = _random(W, r, orthonormal=config.init == "orthogonal")
-        S0 = _scaled(sigma, r, config.init_scale, W)
-        if config.freeze_order == "smallest":
-            U, S0, V = U.flip(1), S0.flip(0), V.flip(1)
-        # The SVD returns column-major matrices; a copy read back from a file is row-major, and matrix
-        # products of the two differ in the last bit. Row-major from the beginning.
-        return Factors(A=V.T.contiguous(), S0=S0.contiguous(), B0=U.contiguous())
+        sigma = sigma if config.init_scale != "identity" else torch.ones(r, dtype=V.dtype, device=V.device)
+        return arranged(U, sigma, V, config)
+
+
+def arranged(U: Tensor, sigma: Tensor, V: Tensor, config: LamdaConfig) -> Factors:
+    """Singular triplets as factors, the diagonal scaled and all in the order of freezing.
+
+    Args:
+        U: (d_out, r), or with no columns.
+        sigma: (r,), descending.
+        V: (d_in, r).
+        config: `init_scale` and `freeze_order` are read.
+    """
+    S0 = _scaled(sigma, config.init_scale)
+    if config.freeze_order == "smallest":
+        U, S0, V = U.flip(1), S0.flip(0), V.flip(1)
+    # The SVD returns column-major matrices; a copy read back from a file is row-major, and matrix
+    # products of the two differ in the last bit. Row-major from the beginning.
+    return Factors(A=V.T.contiguous(), S0=S0.contiguous(), B0=U.contiguous())
 
 
 def needs_spectrum(config: LamdaConfig) -> bool:
@@ -93,7 +106,7 @@ def leading_spectrum(weight: Tensor, r: int, config: LamdaConfig) -> Spectrum:
         width = max(r, *(config.spectral_ranks.choices or ()))
     width = min(width, *weight.shape)
     W = _wide(weight)
-    with torch.no_grad(), _seeded(config.svd_seed, W.device):
+    with torch.no_grad(), seeded(config.svd_seed, W.device):
         return Spectrum(*_largest(W, width, config.svd_iterations))
 
 
@@ -153,9 +166,9 @@ def _random(W: Tensor, r: int, *, orthonormal: bool) -> tuple[Tensor, Tensor]:
     return U / d_out**0.5, V / d_in**0.5
 
 
-def _scaled(sigma: Tensor, r: int, scale: str, W: Tensor) -> Tensor:
+def _scaled(sigma: Tensor, scale: str) -> Tensor:
     if scale == "identity":
-        return torch.ones(r, dtype=_wide_dtype(W), device=W.device)
+        return torch.ones_like(sigma)
     if scale == "spectrum":
         return sigma
     mean = sigma.mean()
@@ -165,7 +178,7 @@ def _scaled(sigma: Tensor, r: int, scale: str, W: Tensor) -> Tensor:
     )
 
 
-class _seeded:  # noqa: N801 - used like a function
+class seeded:  # noqa: N801 - used like a function
     """`torch.random.fork_rng` for one device, seeded inside."""
 
     def __init__(self, seed: int, device: torch.device) -> None:

@@ -83,8 +83,10 @@ class LamdaRecipe(Strict):
     dropout: Probability = Field(0.0, description="on the r-dimensional A·x")
     target_modules: Modules = Field("all-linear", description="which layers, as in PEFT")
     exclude_modules: Modules | None = Field(None, description="which layers not, as in PEFT")
-    init: Literal["svd", "random", "orthogonal", "smallest"] = Field(
-        "svd", description="what A (and B's directions) span at the start"
+    init: Literal["svd", "random", "orthogonal", "smallest", "activation", "gradient"] = Field(
+        "svd",
+        description="what A (and B's directions) span at the start: from the weights, from chance, or from "
+        "a look at the training data",
     )
     init_scale: Literal["spectrum", "normalized", "identity"] = Field(
         "identity", description="S at the start"

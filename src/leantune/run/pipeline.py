@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +141,7 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
     )
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
 
@@ -188,6 +191,7 @@ def _fit(
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
     )
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     facts: dict[str, Any] = {
         "parameters": count_parameters(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
@@ -201,6 +205,25 @@ def _fit(
     }
     _save(folder, prepared, trainer)
     return facts
+
+
+def _prepare_adapter(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> None:
+    """Give an adapter its start from data, if it needs one: from rows that the seed alone decides.
+
+    A resumed run does it again and then takes the checkpoint's values, which are the same.
+    """
+    enable_checkpointing(trainer)
+    with trainer.compute_loss_context_manager():
+        lean.prepare(cast(nn.Module, trainer.model), recipe, _drawn_batches(trainer, recipe, train))
+
+
+def _drawn_batches(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> Iterator[dict[str, Any]]:
+    order = list(range(len(train)))
+    random.Random(recipe.train.seed).shuffle(order)
+    size = trainer.args.per_device_train_batch_size
+    for start in range(0, len(order), size):
+        rows = [dict(train[number]) for number in order[start : start + size]]
+        yield trainer._prepare_inputs(trainer.data_collator(rows))
 
 
 def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:

@@ -192,6 +192,19 @@ class LamdaLinear(nn.Module, Merging):
             if adapter_name in buffers:
                 buffers[adapter_name] = value.to(buffers[adapter_name])
 
+    def set_product(self, adapter_name: str, left: Tensor, A: Tensor) -> None:
+        """Make a new adapter of scale 1 without S0 and B0 compute left A x: dS = 0, so B A x with S = 1.
+
+        Args:
+            adapter_name: Whose factors are not filled in yet.
+            left: (d_out, r).
+            A: (r, d_in).
+        """
+        self.pending.pop(adapter_name, None)
+        self.lamda_A[adapter_name].copy_(A)
+        self.lamda_S[adapter_name].zero_()
+        self.lamda_B[adapter_name].copy_(left)
+
     def is_unprepared(self, adapter_name: str) -> bool:
         """Whether A should have come from data and did not, neither by `prepare_lamda` nor from a file."""
         if self.unprepared.get(adapter_name, False) and self.lamda_A[adapter_name].any():

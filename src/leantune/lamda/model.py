@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from leantune.errors import UserError
+from leantune.lamda.combining import Combining
 from leantune.lamda.config import LamdaConfig
 from leantune.lamda.init import Spectrum
 from leantune.lamda.layer import LamdaLinear
@@ -21,7 +22,7 @@ from leantune.lamda.spectral import anchored, spectral_ranks, targeted_layers
 from leantune.peft_methods import MixedBatch
 
 
-class LamdaModel(MixedBatch):
+class LamdaModel(MixedBatch, Combining):
     """The PEFT tuner of LaMDA. Made by `peft.get_peft_model(model, LamdaConfig(...))`, not by hand."""
 
     prefix = "lamda_"

@@ -92,8 +92,7 @@ def train(
     if finished is not None:
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
-    with console.status("reading data and model"):
-        prepared = _prepare(recipe, console)
+    prepared = _prepare(recipe, console)
     folder.begin(recipe, overwrite)
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
@@ -109,10 +108,12 @@ def train(
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
-    inputs = read_inputs(recipe, console)
-    training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
-    set_seed(recipe.train.seed)
-    base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    with console.status("reading data and model"):
+        inputs = read_inputs(recipe, console)
+        training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
+        set_seed(recipe.train.seed)
+        base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    # Outside of that: what attaching computes (spectra) shows its own progress.
     return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
 
 

@@ -162,7 +162,7 @@ def test_sketches_are_near_the_optimum_where_they_are_narrow(n: int) -> None:
         return sketch.triplets()
 
     whole, pieces = (
-        run(InputSketch(8, 200, 200, torch.Generator().manual_seed(1), like), chunks, x) for chunks in (1, 7)
+        run(InputSketch(8, 200, torch.Generator().manual_seed(1), like), chunks, x) for chunks in (1, 7)
     )
     torch.testing.assert_close(whole.sigma, pieces.sigma)
     best = torch.linalg.svdvals(x)[:8].square().sum()

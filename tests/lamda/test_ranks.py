@@ -256,3 +256,19 @@ def test_ranks_for_ordinary_lora() -> None:
         spectral_rank_pattern(base, 4, cost="cubic")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="matches no layer"):
         spectral_rank_pattern(base, 4, target_modules=["nowhere"])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_on_a_terminal_alone_and_after_a_while(
+    terminal: bool, capsys: Any, monkeypatch: Any
+) -> None:
+    from leantune.lamda import progress
+
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert list(progress.with_progress([3, 1, 2], "spectra")) == [3, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "_PATIENCE", -1.0)
+    assert list(progress.with_progress([3, 1, 2], "spectra")) == [3, 1, 2]
+    shown = capsys.readouterr()
+    assert not shown.out and ("spectra" in shown.err) == terminal

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from leantune.errors import UserError
@@ -42,8 +43,8 @@ def prepare_lamda(
 
     Each batch is gone through twice. "activation" runs forward, in evaluation mode, and keeps nothing.
     "gradient" runs forward and backward, in training mode as the training will (gradient checkpointing, token
-    selection), and keeps the inputs of the adapted layers, as full fine-tuning would. In several processes,
-    give every process the same batches.
+    selection), and keeps the inputs of the adapted layers, as full fine-tuning would. Several processes add
+    up what they see of their own batches (as many in each) and get the same adapter.
 
     Args:
         model: A `PeftModel`, or a transformers model with the adapter; not trained yet.
@@ -103,7 +104,10 @@ def _checked(config: Any, layers: Mapping[str, LamdaLinear], adapter_name: str) 
 
 
 def _end_pass(layers: Mapping[str, LamdaLinear], sketches: Mapping[Any, Sketch], init: str) -> None:
+    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     for name, layer in layers.items():
+        if shared:  # the sum over all processes' batches, and the same A everywhere
+            dist.all_reduce(sketches[layer].total)
         if not sketches[layer].seen:
             what = "input" if init == "activation" else "gradient"
             raise UserError(
@@ -148,7 +152,7 @@ def _like(layer: LamdaLinear) -> Tensor:
 
 
 def _input_sketch(layer: LamdaLinear, r: int, generator: torch.Generator) -> InputSketch:
-    return InputSketch(r, layer.in_features, layer.in_features, generator, _like(layer))
+    return InputSketch(r, layer.in_features, generator, _like(layer))
 
 
 @torch.no_grad()
@@ -201,8 +205,7 @@ class _Tap(torch.autograd.Function):
 
 
 def _gradient_sketch(layer: LamdaLinear, r: int, generator: torch.Generator) -> GradientSketch:
-    largest = min(layer.in_features, layer.out_features)
-    return GradientSketch(r, layer.in_features, largest, generator, _like(layer))
+    return GradientSketch(r, layer.in_features, layer.out_features, generator, _like(layer))
 
 
 def _run_backward(

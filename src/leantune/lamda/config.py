@@ -110,7 +110,10 @@ class LamdaConfig(PeftConfig):
     )
     spectral_scores: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Filled in with `spectral_ranks`: layer name -> energy score in [0, 1]."},
+        metadata={
+            "help": "Filled in with `spectral_ranks`: layer name -> energy score in [0, 1]. A config that "
+            "has them keeps its ranks: make a new one for another model."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,

@@ -68,7 +68,7 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "peft", "accelerate", "datasets", "torch"):
+        for name in ("transformers", "peft", "accelerate", "datasets", "torch", "torchao", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
         command(*args, **kwargs)
 
@@ -252,20 +252,26 @@ def export(
         return
     difference = f"largest difference {done.max_abs_difference:.1e}"
     typer.echo(f"{done.folder}: {done.kind}, outputs equal to the run's ({difference})")
+    if done.base is not None:
+        typer.echo(done.base)
 
 
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """What there is and what it can do."""
     from leantune.methods import METHODS
-    from leantune.report.capabilities import capability_table
+    from leantune.report.capabilities import Capabilities, capability_table, methods_table, tried_on
 
+    capabilities = Capabilities.load()
     if as_json:
         from dataclasses import asdict
 
-        _print_json([asdict(method) for method in METHODS])
-    else:
-        _console().print(capability_table(METHODS))
+        _print_json({"methods": [asdict(method) for method in METHODS], "capabilities": asdict(capabilities)})
+        return
+    console = _console()
+    console.print(methods_table(METHODS))
+    console.print(capability_table(capabilities))
+    console.print(f"\n{tried_on(capabilities)}", style="dim")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from leantune.lamda.init import Spectrum
 from leantune.lamda.layer import LamdaLinear
 from leantune.lamda.spectral import anchored, spectral_ranks, targeted_layers
 from leantune.peft_methods import MixedBatch
+from leantune.peft_methods.quantised import make_trainable
 
 
 class LamdaModel(MixedBatch, Combining):
@@ -69,6 +70,7 @@ class LamdaModel(MixedBatch, Combining):
 
     def _new_layer(self, target: nn.Module, name: str) -> LamdaLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        make_trainable(base, name)
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self))
         if backend is not None and not backend.supports_merge:
             raise UserError(

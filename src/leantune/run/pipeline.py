@@ -33,11 +33,14 @@ from leantune.run.facts import collect_metrics, count_parameters
 from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
-from leantune.run.models import load_base, quiet_transformers
+from leantune.run.models import head_modules, load_base, new_modules, quiet_transformers
 from leantune.run.prediction import sample_predictions
+from leantune.run.quantization import check_installed, weight_bytes
+from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
+LISTED = 5  # new modules that are told by name
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
@@ -108,13 +111,27 @@ def train(
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    if recipe.lean.quantize is not None:
+        check_installed(recipe.lean.quantize)
     with console.status("reading data and model"):
         inputs = read_inputs(recipe, console)
         training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
         set_seed(recipe.train.seed)
-        base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+        base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
+    _tell_what_is_new(base, inputs.task, console)
     # Outside of that: what attaching computes (spectra) shows its own progress.
     return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
+
+
+def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:
+    """A head is new as a rule; anything else that the weights lack may be a mistake."""
+    head = head_modules(base) if task.peft_task_type == "SEQ_CLS" else []
+    lacking = [name for name in new_modules(base) if name.split(".")[0] not in head]
+    if lacking:
+        names = ", ".join(lacking[:LISTED]) + (
+            f" and {len(lacking) - LISTED} more" if lacking[LISTED:] else ""
+        )
+        console.print(f"the weights lack {names}: drawn from the seed, trained in full and saved")
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
@@ -141,10 +158,16 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         prepared.task.collator(prepared.tokenizer),
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
+        train_collator=_train_collator(recipe, prepared),
     )
     _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
+
+
+def _train_collator(recipe: Recipe, prepared: _Prepared) -> lean.Collator:
+    task = prepared.task
+    return lean.train_collator(prepared.model, recipe, task.collator(prepared.tokenizer), task.counts_tokens)
 
 
 def _run(
@@ -179,6 +202,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, and save the result. Returns what was measured on the way."""
     model, stop = prepared.model, StopOnSignal()
+    classifies = prepared.task.peft_task_type == "SEQ_CLS"
     checkpoint = _checkpoint(folder.checkpoints, resume, console)
     progress = ProgressBar(console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
@@ -191,15 +215,17 @@ def _fit(
         [*lean.callbacks(recipe), log, progress, stop],
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
+        train_collator=_train_collator(recipe, prepared),
     )
     _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     facts: dict[str, Any] = {
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(model, classifies),
+        "weight_bytes": weight_bytes(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
     peak = _run(trainer, recipe, folder, stop, progress, checkpoint)
     facts |= {
-        "trainable_end": count_parameters(model)["trainable"],
+        "trainable_end": count_parameters(model, classifies)["trainable"],
         "peak": peak,
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,

@@ -27,6 +27,7 @@ from leantune.report.formats import (
 )
 from leantune.report.predictions import Verdict, read_prediction, spread, surest_mistakes
 from leantune.report.pruning import read_pruning
+from leantune.report.ranks import read_ranks
 from leantune.report.runlog import RunLog, read_jsonl, read_log
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "costs": facts.costs(metrics),
         "remarks": _remarks(run.log),
         "pruning": read_pruning(run.folder),
+        "ranks": read_ranks(run.folder),
         "tables": {
             "Parameters": facts.parameter_facts(metrics),
             "Memory": facts.memory_facts(metrics),

@@ -7,7 +7,7 @@ two alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from leantune.anatomy import find_groups
 from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
-from leantune.lamda import LamdaConfig, LamdaFreezing, frozen_share
+from leantune.lamda import (
+    LamdaConfig,
+    LamdaFreezing,
+    SpectralRanks,
+    frozen_share,
+    prepare_lamda,
+    unprepared_adapters,
+)
 from leantune.lightpeft import (
     Adapter,
     LightPeftConfig,
@@ -47,6 +54,7 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
+    ranks = recipe.spectral_ranks
     return LamdaConfig(
         r=recipe.r,
         lamda_alpha=recipe.alpha,
@@ -56,6 +64,8 @@ def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
         init_b=recipe.init_b,
         freeze_ratio=recipe.freeze_ratio,
         freeze_order=recipe.freeze_order,
+        rank_pattern=dict(recipe.rank_pattern),
+        spectral_ranks=None if ranks is None else SpectralRanks(**ranks.model_dump()),
         **common,
     )
 
@@ -201,6 +211,20 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
                 f"(its layers: {', '.join(linear_names(model))})"
             ) from None
         raise UserError(f"lean.adapter: {reason}") from None
+
+
+def prepare(model: nn.Module, recipe: Recipe, batches: Iterable[dict[str, Any]]) -> None:
+    """Show an adapter some training data whose start comes from there (LaMDA's init), unless it has one.
+
+    Raises:
+        UserError: A layer sees nothing of the data.
+    """
+    for adapter_name in unprepared_adapters(model):
+        try:
+            with undisturbed(model, recipe):
+                prepare_lamda(model, batches, adapter_name, seed=recipe.train.seed)
+        except UserError as error:
+            raise UserError(f"lean.adapter: {error}") from None
 
 
 def trained_in_full(model: nn.Module, task_type: str) -> list[str]:

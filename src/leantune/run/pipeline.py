@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -93,8 +95,7 @@ def train(
     if finished is not None:
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
-    with console.status("reading data and model"):
-        prepared = _prepare(recipe, console)
+    prepared = _prepare(recipe, console)
     folder.begin(recipe, overwrite)
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
@@ -112,11 +113,13 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
-    inputs = read_inputs(recipe, console)
-    training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
-    set_seed(recipe.train.seed)
-    base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
+    with console.status("reading data and model"):
+        inputs = read_inputs(recipe, console)
+        training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
+        set_seed(recipe.train.seed)
+        base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
     _tell_what_is_new(base, inputs.task, console)
+    # Outside of that: what attaching computes (spectra) shows its own progress.
     return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
 
 
@@ -157,6 +160,7 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         train=prepared.encoded["train"],
         train_collator=_train_collator(recipe, prepared),
     )
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
 
@@ -213,6 +217,7 @@ def _fit(
         validation=prepared.encoded.get("validation"),
         train_collator=_train_collator(recipe, prepared),
     )
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     facts: dict[str, Any] = {
         "parameters": count_parameters(model, classifies),
         "weight_bytes": weight_bytes(model),
@@ -227,6 +232,25 @@ def _fit(
     }
     _save(folder, prepared, trainer)
     return facts
+
+
+def _prepare_adapter(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> None:
+    """Give an adapter its start from data, if it needs one: from rows that the seed alone decides.
+
+    A resumed run does it again and then takes the checkpoint's values, which are the same.
+    """
+    enable_checkpointing(trainer)
+    with trainer.compute_loss_context_manager():
+        lean.prepare(cast(nn.Module, trainer.model), recipe, _drawn_batches(trainer, recipe, train))
+
+
+def _drawn_batches(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> Iterator[dict[str, Any]]:
+    order = list(range(len(train)))
+    random.Random(recipe.train.seed).shuffle(order)
+    size = trainer.args.per_device_train_batch_size
+    for start in range(0, len(order), size):
+        rows = [dict(train[number]) for number in order[start : start + size]]
+        yield trainer._prepare_inputs(trainer.data_collator(rows))
 
 
 def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:

@@ -107,6 +107,8 @@ def parameter_facts(metrics: Mapping[str, Any]) -> list[Fact]:
     ]
     if head is not None:
         rows.append(Fact("of these in the task head", format_count(head)))
+    if p.get("quantized"):
+        rows.append(Fact("Held quantised", format_count(p["quantized"]), _share(p["quantized"], total)))
     rows.append(Fact("Removed from the base", format_share(p.get("base_removed_fraction"))))
     return rows
 

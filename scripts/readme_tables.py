@@ -59,7 +59,7 @@ TABLES = {
         "banking77": lambda: grid("banking77"),
     },
     "src/leantune/lamda/README.md": {
-        **{name: partial(grid, name) for name in ("banking77", "trec-start")},
+        **{name: partial(grid, name) for name in ("banking77", "trec-start", "lamda-init")},
         "lamda-subspaces": subspaces,
     },
     "src/leantune/lightpeft/README.md": {

@@ -1,13 +1,10 @@
-"""What watches a training run: the log, the progress bar, the stop signal."""
+"""What watches a training run: the log and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from leantune.errors import RunError
 from leantune.measure import StepClock
-from leantune.run.folder import write_text
+from leantune.run.folder import sync, write_text
 
 SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
@@ -46,7 +43,10 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Drop lines from after the checkpoint that this run resumes from; set up the clock."""
         self._clock = StepClock(args.device)
-        write_text(self.file, "".join(_upto(self.file, state.global_step, self.stage)))
+        lines = _upto(self.file, state.global_step, self.stage)
+        if not was_evaluated(state):  # after the checkpoint was written: it will be again
+            lines = (line for line in lines if not _is_evaluation(line, state.global_step))
+        write_text(self.file, "".join(lines))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +95,11 @@ class RunLog(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         self._write(line | {"evaluation": "validation"} | plain_metrics(metrics, "eval"))
 
+    def flush(self) -> None:
+        """Force what is written to disk: before a checkpoint that this log must reach up to."""
+        if self.file.is_file():
+            sync(self.file)
+
     def _write(self, line: dict[str, Any]) -> None:
         if self.stage is not None:
             line = {"stage": self.stage} | line
@@ -120,6 +125,21 @@ def _upto(file: Path, step: int | None, stage: str | None) -> Iterator[str]:
             continue
         if (of == stage and (step is None or at <= step)) or (stage is None and of is not None):
             yield line
+
+
+def _is_evaluation(line: str, step: int) -> bool:
+    content = json.loads(line)
+    return "evaluation" in content and content["step"] == step
+
+
+def was_evaluated(state: TrainerState) -> bool:
+    """Whether the model was evaluated after the step that the state is of."""
+    for entry in reversed(state.log_history):
+        if entry.get("step") != state.global_step:
+            return False
+        if "eval_runtime" in entry:
+            return True
+    return False
 
 
 def plain_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:
@@ -194,45 +214,3 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While this lasts, the signals are ours (in the main thread; elsewhere nothing changes)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The Trainer takes a stop for an epoch's end: no evaluation, whose draws no other run would see."""
-        if self.received is not None and state.global_step < state.max_steps:
-            control.should_evaluate = False
-            control.should_save = False

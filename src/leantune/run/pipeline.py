@@ -6,6 +6,7 @@ saved → report
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -18,13 +19,13 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
-from leantune.errors import UserError
+from leantune.errors import RunError, UserError
 from leantune.measure import PeakMemory, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
 from leantune.run import lean
-from leantune.run.callbacks import ProgressBar, RunLog, StopOnSignal
-from leantune.run.checkpoints import newest_complete
+from leantune.run.callbacks import ProgressBar, RunLog
+from leantune.run.checkpoints import newest_complete, sweep
 from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
 from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
@@ -33,9 +34,11 @@ from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import load_base, quiet_transformers
 from leantune.run.prediction import sample_predictions
+from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
@@ -79,9 +82,28 @@ def train(
 
     Raises:
         UserError: Recipe, data or folder do not allow it; nothing was written then.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved and `resume=True` goes on.
+        RunError: The run went wrong; checkpoints from before are kept.
+        Interrupted: SIGINT or SIGTERM came; where training had begun a checkpoint is saved, and `resume=True`
+            goes on.
     """
-    console = console or Console(stderr=True)
+    stop = StopOnSignal(waits=False)
+    try:
+        with stop.listening():
+            return _train(recipe, resume, overwrite, console or Console(stderr=True), stop)
+    except Stopped as stopped:
+        begun = RunFolder(recipe.output).recipe_file.is_file()
+        raise Interrupted(
+            f"stopped; {_go_on(recipe)}" if begun else "stopped; nothing was written", stopped.signal_number
+        ) from None
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        raise RunError(
+            f"{recipe.output}: cannot be written: {error.strerror}; checkpoints from before are kept"
+        ) from error
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop: StopOnSignal) -> Run:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("leantune train runs in one process in this release; start it without a launcher")
     folder = RunFolder(recipe.output)
@@ -95,11 +117,11 @@ def train(
     folder.begin(recipe, overwrite)
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
-            _estimate(recipe, folder, prepared, resume, console)
+            _estimate(recipe, folder, prepared, resume, console, stop)
         prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
         set_seed(recipe.train.seed)
         prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
-    facts = _fit(recipe, folder, prepared, resume, console)
+    facts = _fit(recipe, folder, prepared, resume, console, stop)
     splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
     metrics = _finish(recipe, folder, splits, facts, console)
     return Run(folder.path, recipe, metrics)
@@ -108,6 +130,9 @@ def train(
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
     inputs = read_inputs(recipe, console)
+    wanted = (recipe.train.model_extra or {}).get("eval_strategy", "no")
+    if wanted != "no" and "validation" not in inputs.splits:
+        raise UserError(f"train.eval_strategy = {wanted!r}: the data has no validation split")
     training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
     set_seed(recipe.train.seed)
     base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
@@ -115,6 +140,7 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
+    sweep(place)
     if not resume:
         return None
     checkpoint, skipped = newest_complete(place)
@@ -126,10 +152,17 @@ def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console) -> None:
+def _estimate(
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: _Prepared,
+    resume: bool,
+    console: Console,
+    stop: StopOnSignal,
+) -> None:
     """The first stage of a pruned run: train with masks, and write down what goes."""
     steps = estimation_steps(recipe, len(prepared.encoded["train"]))
-    stop, progress = StopOnSignal(), ProgressBar(console, f"{recipe.method}: {STAGE}")
+    progress = ProgressBar(console, f"{recipe.method}: {STAGE}")
     trainer = build_trainer(
         prepared.model,
         training_arguments(recipe, folder.estimation, has_validation=False, max_steps=steps),
@@ -139,14 +172,13 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
     )
-    _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
+    _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
 
 
 def _run(
     trainer: LeanTrainer,
     recipe: Recipe,
-    folder: RunFolder,
     stop: StopOnSignal,
     progress: ProgressBar,
     checkpoint: str | None,
@@ -157,24 +189,32 @@ def _run(
         Interrupted: A signal came; the checkpoint is saved.
     """
     try:
-        with stop.listening(), PeakMemory(trainer.args.device) as peak:
+        with stop.waiting(), PeakMemory(trainer.args.device) as peak:
             set_seed(recipe.train.seed)
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        again = shlex.join(["leantune", "train", str(folder.recipe_file), "--resume"])
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step}; go on with: {again}", stop.received
-        )
+    if stop.received is not None:
+        trainer.save_now()  # the signal may have come after the last step had looked
+        raise Interrupted(f"stopped after step {trainer.state.global_step}; {_go_on(recipe)}", stop.received)
     return peak
 
 
+def _go_on(recipe: Recipe) -> str:
+    again = ["leantune", "train", str(RunFolder(recipe.output).recipe_file), "--resume"]
+    return f"go on with: {shlex.join(again)}"
+
+
 def _fit(
-    recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: _Prepared,
+    resume: bool,
+    console: Console,
+    stop: StopOnSignal,
 ) -> dict[str, Any]:
     """Train, and save the result. Returns what was measured on the way."""
-    model, stop = prepared.model, StopOnSignal()
+    model = prepared.model
     checkpoint = _checkpoint(folder.checkpoints, resume, console)
     progress = ProgressBar(console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
@@ -192,7 +232,7 @@ def _fit(
         "parameters": count_parameters(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
-    peak = _run(trainer, recipe, folder, stop, progress, checkpoint)
+    peak = _run(trainer, recipe, stop, progress, checkpoint)
     facts |= {
         "trainable_end": count_parameters(model)["trainable"],
         "peak": peak,

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from leantune.errors import UserError
+from leantune.errors import RunError, UserError
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
-from leantune.run.checkpoints import keep_newest, seal
+from leantune.run.callbacks import RunLog, was_evaluated
+from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkpoints, seal, whats_wrong
+from leantune.run.facts import versions
+from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 
 KEPT_CHECKPOINTS = 2
@@ -46,9 +50,15 @@ class EpochSampler(Sampler[int]):
 
 
 class LeanTrainer(Trainer):
-    """Trainer with sealed checkpoints (written aside, listed, renamed) and orders that resume."""
+    """Trainer with sealed checkpoints (written aside, listed, renamed) that a run resumes from exactly.
+
+    A checkpoint may be written at an epoch's last step before the evaluation that belongs there (a stop came,
+    or `save_strategy: steps` says so). Therefore evaluations draw no random numbers that training would miss,
+    and one that is missing in the checkpoint is made up for when the run is resumed.
+    """
 
     _staging: str | None = None
+    _sealed: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -60,17 +70,74 @@ class LeanTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        place = Path(str(self.args.output_dir))
-        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(str(self.args.output_dir))
         step = self.state.global_step
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=place) as staging:
-            self._staging = staging
-            try:
+        place = folder / f"checkpoint-{step}"
+        if self._sealed == place or (place.exists() and whats_wrong(place) is None):
+            return  # at this very step: a stop, or the last step, and the end of an epoch
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunLog):
+                callback.flush()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder, ignore_cleanup_errors=True) as aside:
+                self._staging = aside
                 super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            seal(Path(staging) / f"checkpoint-{step}", place / f"checkpoint-{step}", step)
-        keep_newest(place, self.args.save_total_limit or KEPT_CHECKPOINTS)
+                seal(Path(aside) / place.name, place, step, versions())
+            self._sealed = place
+            keep_newest(folder, self.args.save_total_limit or KEPT_CHECKPOINTS, step)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise _cannot_save(error, folder, step) from error
+        finally:
+            self._staging = None
+
+    def save_now(self) -> None:
+        """Write a checkpoint of where training is, unless there is one."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
+    def _evaluate_what_is_owed(self) -> None:
+        state, args = self.state, self.args
+        epochs = state.epoch or 0.0
+        if args.eval_strategy == "epoch":
+            due = epochs >= args.eval_delay and (
+                epochs == int(epochs) or state.global_step >= state.max_steps
+            )
+        elif args.eval_strategy == "steps":
+            due = state.global_step >= args.eval_delay and state.global_step % state.eval_steps == 0
+        else:
+            due = False
+        if due and state.global_step and not was_evaluated(state):
+            self._evaluate(None, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._evaluate_what_is_owed()
+        finished = self.state.global_step >= self.state.max_steps  # else resuming there would take one more
+        if not finished and not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluate_what_is_owed()
+        return super()._finalize_training(*args, **kwargs)
+
+
+def _cannot_save(error: Exception, folder: Path, step: int) -> RunError:
+    """One line; the checkpoints from before are untouched."""
+    kept = [path.name for path in list_checkpoints(folder) if (path / MANIFEST).is_file()]
+    before = f"{kept[-1]} is kept: make room and go on with --resume" if kept else "there is none from before"
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return RunError(f"step {step}: the checkpoint cannot be written to {folder} ({reason}); {before}")
 
 
 def training_arguments(
@@ -106,7 +173,9 @@ def training_arguments(
         "include_num_input_tokens_seen": "non_padding",
     }
     if max_steps is not None:
-        own |= {"max_steps": max_steps, "eval_strategy": "no"}
+        own |= {"max_steps": max_steps}
+    if max_steps is not None or not has_validation:
+        own |= {"eval_strategy": "no"}
     try:
         arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
     except (ValueError, TypeError, ImportError) as error:

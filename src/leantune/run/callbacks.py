@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from leantune.errors import RunError
 from leantune.measure import StepClock
 from leantune.run.folder import sync, write_text
 
@@ -69,17 +67,14 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write a training step's line."""
-        if not logs or "loss" not in logs:
+        if not logs or "learning_rate" not in logs:
             return
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        if "skipped" in logs:
+            line["skipped"] = True  # the update, because loss or gradient were not finite
         line["step_seconds"] = round(self._seconds, 6)
         self._write(line | self.extra())
-        if not math.isfinite(line["loss"]):
-            raise RunError(
-                f"step {state.global_step}: the loss is {line['loss']}; try a lower train.learning_rate "
-                f"(now {args.learning_rate:g}). Checkpoints from before are kept"
-            )
 
     def on_evaluate(
         self,

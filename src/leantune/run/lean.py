@@ -27,12 +27,20 @@ from leantune.lightpeft import (
     PruningPlan,
     attach_masks,
     check_amounts,
+    estimation_of,
     learned_plan,
     random_plan,
     shrink,
 )
 from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
-from leantune.tokentune import TokenTuneConfig, TokenTuneState, set_token_state, token_state, token_tune
+from leantune.tokentune import (
+    TokenTuneConfig,
+    TokenTuneState,
+    has_tokens,
+    set_token_state,
+    token_state,
+    token_tune,
+)
 
 
 def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
@@ -177,12 +185,25 @@ def estimation_callbacks(recipe: Recipe) -> list[TrainerCallback]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Forward passes in here leave the methods' own state (which tokens come next) as it was."""
-    state = token_state(model) if recipe.lean.tokens is not None else None
-    yield
-    if state is not None:
-        set_token_state(model, state)
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes in here leave the methods' own state as it was: the next tokens, what is measured."""
+    tokens = token_state(model) if has_tokens(model) else None
+    estimation = estimation_of(model)
+    measuring = estimation.pause() if estimation is not None else None
+    try:
+        yield
+    finally:
+        if tokens is not None:
+            set_token_state(model, tokens)
+        if estimation is not None and measuring is not None:
+            estimation.begin_step(measuring)
+
+
+def skip_step(model: nn.Module) -> None:
+    """The step in progress is given up: the methods drop what they have seen of it."""
+    estimation = estimation_of(model)
+    if estimation is not None:
+        estimation.skip_step()
 
 
 def linear_names(model: nn.Module) -> list[str]:

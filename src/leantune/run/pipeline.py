@@ -171,6 +171,7 @@ def _estimate(
         prepared.task.collator(prepared.tokenizer),
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
+        on_nan=recipe.train.on_nan,
     )
     _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
@@ -227,6 +228,7 @@ def _fit(
         [*lean.callbacks(recipe), log, progress, stop],
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
+        on_nan=recipe.train.on_nan,
     )
     facts: dict[str, Any] = {
         "parameters": count_parameters(model),
@@ -249,7 +251,7 @@ def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     enable_checkpointing(trainer)
     model = cast(nn.Module, trainer.model)
-    with trainer.compute_loss_context_manager(), lean.undisturbed(model, recipe):
+    with trainer.compute_loss_context_manager(), lean.undisturbed(model):
         return saved_activation_bytes(model, batch)
 
 

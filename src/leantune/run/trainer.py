@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +19,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from leantune.errors import RunError, UserError
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
+from leantune.run import lean
 from leantune.run.callbacks import RunLog, was_evaluated
 from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkpoints, seal, whats_wrong
 from leantune.run.facts import versions
+from leantune.run.health import damaged_parameter, first_not_finite, rows_of, told_rows
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 
@@ -57,8 +60,16 @@ class LeanTrainer(Trainer):
     and one that is missing in the checkpoint is made up for when the run is resumed.
     """
 
+    on_nan: str = "stop"
     _staging: str | None = None
     _sealed: Path | None = None
+    _epoch: tuple[int, int] = (0, 1)  # number, and optimizer steps in it
+    _skipped_now = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._batches: list[dict[str, Any]] = []  # of the optimizer step in progress
+        self._losses: list[torch.Tensor] = []
+        super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -121,7 +132,76 @@ class LeanTrainer(Trainer):
         if due and state.global_step and not was_evaluated(state):
             self._evaluate(None, None)
 
+    # -- losses and gradients that are not finite
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """As Trainer's; remembers what the step is made of."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._batches.append(inputs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once before each optimizer step: the last moment at which the weights are still good."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        seen = torch.stack(self._losses).sum().detach()
+        if self.accelerator.scaler is None:  # else an overflow is ordinary, and the scaler skips the step
+            seen = seen + torch.as_tensor(norm, device=seen.device)
+        # one number is read from the device; the log reads two a step in any case
+        if not math.isfinite(together(seen)):
+            if self.on_nan == "stop":
+                raise RunError(self._what_is_not_finite(float(torch.stack(self._losses).sum())))
+            self._skip_step(model)
+        self._batches.clear()
+        self._losses.clear()
+        return norm
+
+    def _skip_step(self, model: nn.Module) -> None:
+        """The optimizers find no gradient: they leave weights and their own state alone."""
+        model.zero_grad(set_to_none=True)
+        lean.skip_step(model)
+        self._tr_loss = torch.zeros_like(self._tr_loss)
+        self._skipped_now = True
+
+    def _what_is_not_finite(self, loss: float) -> str:
+        step = self.state.global_step + 1
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+        number, steps = self._epoch
+        each = self.args.gradient_accumulation_steps
+        first = (self.state.global_step - number * steps) * each
+        rows = rows_of(self.callback_handler.train_dataloader, number, first, len(self._batches))
+        batch = f"; its batch: rows {told_rows(rows)} of the train split" if rows else ""
+        model = cast(nn.Module, self.model)
+        where = damaged_parameter(model)
+        if where is not None:
+            origin = f"the weight {where} is not finite itself"
+        else:
+            module = first_not_finite(model, self._forward_again)
+            origin = f"first in the output of {module}" if module else "all outputs are finite"
+        return (
+            f"step {step}: {what}{batch}; {origin}. Try a lower train.learning_rate (now "
+            f"{self.args.learning_rate:g}), or train.on_nan: skip. Checkpoints from before are kept"
+        )
+
+    def _forward_again(self) -> None:
+        model = cast(nn.Module, self.model)
+        with lean.undisturbed(model), self.compute_loss_context_manager():
+            for batch in self._batches:
+                self.compute_loss(model, self._prepare_inputs(dict(batch)))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a skipped step's line says so and has no figures that are none."""
+        if self._skipped_now and "learning_rate" in logs:
+            self._skipped_now = False
+            logs = {"learning_rate": logs["learning_rate"], "skipped": 1.0}
+        super().log(logs, *args, **kwargs)
+
+    # -- epochs
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch = (kwargs["epoch"], kwargs["num_update_steps_per_epoch"])
         self._evaluate_what_is_owed()
         finished = self.state.global_step >= self.state.max_steps  # else resuming there would take one more
         if not finished and not self.control.should_training_stop:
@@ -130,6 +210,13 @@ class LeanTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluate_what_is_owed()
         return super()._finalize_training(*args, **kwargs)
+
+
+def together(value: torch.Tensor) -> float:
+    """The sum over all processes, so that they all decide alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return float(value)
 
 
 def _cannot_save(error: Exception, folder: Path, step: int) -> RunError:
@@ -202,6 +289,7 @@ def build_trainer(
     callbacks: list[TrainerCallback],
     train: Any = None,
     validation: Any = None,
+    on_nan: str = "stop",
 ) -> LeanTrainer:
     """A Trainer for the task, silent but for `callbacks`."""
     trainer = LeanTrainer(
@@ -215,6 +303,7 @@ def build_trainer(
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=callbacks,
     )
+    trainer.on_nan = on_nan
     if not task.counts_tokens:
         # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose
         # loss is a mean over rows do not: micro-batches would add up instead of being averaged.

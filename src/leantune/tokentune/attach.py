@@ -99,6 +99,11 @@ def chosen_tokens(model: nn.Module, side: Side = "decoder") -> Tensor:
     return tuner.chosen[side]
 
 
+def has_tokens(model: nn.Module) -> bool:
+    """Whether TokenTune is attached."""
+    return tuner_of(find_head(model)) is not None
+
+
 def token_state(model: nn.Module) -> dict[str, int]:
     """What the next choice depends on besides the rank: `{"seed", "step"}`, plain data."""
     tuner = _tuner(model)

@@ -55,15 +55,20 @@ class Interrupt(TrainerCallback):
 
 # (event, count, changes to train): where a stop used to be swallowed, or to cost what no other run lost
 PHASES = [
-    ("on_train_begin", 1, {}),
     ("on_step_end", 6, {}),  # an epoch's last step
     ("on_prediction_step", 1, {}),  # in an evaluation
-    ("on_log", 6, {}),  # after the stop was looked for, before the epoch's end
-    ("on_step_end", 12, {}),  # the last step
     ("on_log", 13, {}),  # after the last step had looked
-    ("on_step_end", 6, {"save_strategy": "steps", "save_steps": 3}),
-    ("on_step_end", 6, {"eval_strategy": "steps", "eval_steps": 3}),
-    ("on_train_end", 1, {"save_strategy": "no"}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("on_train_begin", 1, {}),
+            ("on_log", 6, {}),  # after the stop was looked for, before the epoch's end
+            ("on_step_end", 12, {}),  # the last step
+            ("on_step_end", 6, {"save_strategy": "steps", "save_steps": 3}),
+            ("on_step_end", 6, {"eval_strategy": "steps", "eval_steps": 3}),
+            ("on_train_end", 1, {"save_strategy": "no"}),
+        )
+    ),
 ]
 
 

@@ -86,7 +86,10 @@ def test_where_it_began(
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("sampling", ["group_by_length", "random", "sequential"])
+@pytest.mark.parametrize(
+    "sampling",
+    [*(pytest.param(way, marks=pytest.mark.slow) for way in ("random", "sequential")), "group_by_length"],
+)
 @pytest.mark.parametrize("train", [{"batch_size": 8}, FIVE])
 def test_the_rows_are_the_batch_s(
     train: dict[str, Any], sampling: str, bert_folder: Path, poisoned: Path, tmp_path: Path
@@ -137,8 +140,14 @@ class Watch(TrainerCallback):
         return [t.detach().clone() for t in (*model.parameters(), *state, *masks)]
 
 
-@pytest.mark.parametrize("method", ["lora", "lora+tokentune", "lora+light-peft"])
-@pytest.mark.parametrize("train", [{"batch_size": 12, "epochs": 2}, {**FIVE, "steps": 10}])
+@pytest.mark.parametrize(
+    ("method", "train"),
+    [
+        ("lora+tokentune", {"batch_size": 12, "epochs": 2}),
+        ("lora+light-peft", {**FIVE, "steps": 10}),
+        pytest.param("lora", {**FIVE, "steps": 10}, marks=pytest.mark.slow),
+    ],
+)
 def test_skip(
     train: dict[str, Any],
     method: str,

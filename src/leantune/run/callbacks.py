@@ -112,7 +112,7 @@ def _upto(file: Path, step: int | None, stage: str | None) -> Iterator[str]:
     """Whole lines up to a step of a stage, with all of the stages before; half a line is left out."""
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             content = json.loads(line)
             at, of = content["step"], content.get("stage")

@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
-from leantune.errors import UserError
+from leantune.errors import UserError, first_line
 from leantune.recipes import DataRecipe
 
 SPLITS = ("train", "validation", "test")
@@ -130,7 +129,9 @@ def _open_files(files: dict[str, Path]) -> DatasetDict:
             _check_text(file)
         try:
             splits[name] = load_dataset(builder, data_files={name: str(file)}, split=name)
-        except (DatasetGenerationError, ValueError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # pyarrow's, pandas' and datasets' own kinds; to a person they mean the same
             raise UserError(f"{file}: cannot be read as {builder}: {_reason(error)}") from None
     return splits
 
@@ -164,7 +165,7 @@ def _reason(error: BaseException) -> str:
     """The innermost cause's first line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _sample(splits: DatasetDict, recipe: DataRecipe, seed: int) -> DatasetDict:

@@ -63,7 +63,7 @@ class RunFolder:
             return None
         try:
             return json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{self.metrics_file}: not valid JSON") from None
 
     def saved_weights(self) -> Path:

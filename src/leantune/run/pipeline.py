@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
-from leantune.errors import RunError, UserError
+from leantune.errors import RunError, UserError, first_line
 from leantune.measure import PeakMemory, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
@@ -33,11 +34,13 @@ from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import load_base, quiet_transformers
+from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 SAMPLED_PREDICTIONS = 12
+_LOWER = "a smaller model, model.dtype: bfloat16 or fewer trained parameters would need less"
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -95,8 +98,12 @@ def train(
         raise Interrupted(
             f"stopped; {_go_on(recipe)}" if begun else "stopped; nothing was written", stopped.signal_number
         ) from None
-    except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
+    except (UserError, RunError, Interrupted):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(f"{recipe.output}: out of memory: {first_line(error)}; {_LOWER}") from error
+        if not isinstance(error, OSError) or error.errno not in _DISK_TROUBLE:
             raise
         raise RunError(
             f"{recipe.output}: cannot be written: {error.strerror}; checkpoints from before are kept"
@@ -172,6 +179,7 @@ def _estimate(
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
         on_nan=recipe.train.on_nan,
+        say=console.print,
     )
     _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
@@ -229,6 +237,7 @@ def _fit(
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
         on_nan=recipe.train.on_nan,
+        say=console.print,
     )
     facts: dict[str, Any] = {
         "parameters": count_parameters(model),
@@ -251,8 +260,19 @@ def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     enable_checkpointing(trainer)
     model = cast(nn.Module, trainer.model)
-    with trainer.compute_loss_context_manager(), lean.undisturbed(model):
-        return saved_activation_bytes(model, batch)
+    most = len(rows)
+    while True:
+        try:  # what does not fit at once is measured in parts: activations add up
+            kept = 0
+            for _, part in parts_of(batch, most):
+                with trainer.compute_loss_context_manager(), lean.undisturbed(model):
+                    kept += saved_activation_bytes(model, part)
+            return kept
+        except Exception as error:
+            if most == 1 or not is_out_of_memory(error):
+                raise
+        release()
+        most = math.ceil(most / 2)
 
 
 def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from leantune.errors import RunError, UserError
+from leantune.errors import RunError, UserError, first_line
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
 from leantune.run import lean
@@ -24,6 +24,7 @@ from leantune.run.callbacks import RunLog, was_evaluated
 from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkpoints, seal, whats_wrong
 from leantune.run.facts import versions
 from leantune.run.health import damaged_parameter, first_not_finite, rows_of, told_rows
+from leantune.run.parts import RowsAtOnce, is_out_of_memory, parts_of, release, rows_in
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 
@@ -61,6 +62,10 @@ class LeanTrainer(Trainer):
     """
 
     on_nan: str = "stop"
+    reduce_logits: Callable[..., torch.Tensor] | None = None
+    say: Callable[[str], object] = staticmethod(lambda text: None)
+    _share = 1.0  # with which the next loss enters
+    _tokens_before: dict[str, int] | None = None  # the optimizer step in progress
     _staging: str | None = None
     _sealed: Path | None = None
     _epoch: tuple[int, int] = (0, 1)  # number, and optimizer steps in it
@@ -70,6 +75,7 @@ class LeanTrainer(Trainer):
         self._batches: list[dict[str, Any]] = []  # of the optimizer step in progress
         self._losses: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
+        self.add_callback(RowsAtOnce())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -132,16 +138,129 @@ class LeanTrainer(Trainer):
         if due and state.global_step and not was_evaluated(state):
             self._evaluate(None, None)
 
-    # -- losses and gradients that are not finite
+    # -- batches that do not fit in memory
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """As Trainer's; remembers what the step is made of."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """As Trainer's; a batch that is too large goes through the model in parts."""
+        if not self._batches:
+            self._tokens_before = lean.tokens_now(model)
         self._batches.append(inputs)
+        loss = self._whole_or_parts(model, inputs, num_items_in_batch)
+        while loss is None:  # out of memory: what the step has done so far is done anew, in smaller parts
+            model.zero_grad(set_to_none=True)
+            lean.forget_step(model, self._tokens_before)
+            release()
+            for batch in self._batches:
+                loss = self._whole_or_parts(model, batch, num_items_in_batch)
+                if loss is None:
+                    break
         self._losses.append(loss)
         return loss
+
+    def _whole_or_parts(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> torch.Tensor | None:
+        """Forward and backward of a batch; None if memory does not suffice, and smaller parts are due."""
+        rows, most = rows_in(inputs), self._rows_at_once.training
+        self._share = 1.0  # a pass that failed may have left its own
+        try:
+            if most is None or rows <= most:
+                return super().training_step(model, inputs, items)
+            return self._in_parts(model, inputs, items, rows, most)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._rows_at_once.training = self._fewer(rows, most, inputs)
+        return None
+
+    def _in_parts(
+        self, model: nn.Module, inputs: dict[str, Any], items: Any, rows: int, most: int
+    ) -> torch.Tensor:
+        parts, before = list(parts_of(inputs, most)), lean.tokens_now(model)
+        if self.model_accepts_loss_kwargs and items is not None:
+            model.train()
+            shares = lean.loss_shares(model, parts, rows, lambda part: model(**self._prepare_inputs(part)))
+        else:  # means over rows
+            shares = [rows_in(part) / rows for _, part in parts]
+        losses = []
+        for (first, part), self._share in zip(parts, shares, strict=True):
+            with lean.part_of_batch(model, before, first, rows):
+                losses.append(super().training_step(model, part, items))
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a part's loss enters by its share."""
+        result = super().compute_loss(*args, **kwargs)
+        if self._share == 1.0:
+            return result
+        share, self._share = self._share, 1.0
+        return (result[0] * share, result[1]) if isinstance(result, tuple) else result * share
+
+    def _fewer(self, rows: int, most: int | None, inputs: dict[str, Any]) -> int:
+        """Half as many rows at once as were too many.
+
+        Raises:
+            RunError: One row is too many, or several processes would have to agree.
+        """
+        tried = min(rows, most or rows)
+        length = inputs["input_ids"].size(-1)
+        if tried == 1 or self.args.world_size > 1:
+            what = f"{tried} rows" if tried > 1 else "one row"
+            raise RunError(
+                f"step {self.state.global_step + 1}: {what} of {length} tokens does not fit in memory: lower "
+                "data.max_length, set train.gradient_checkpointing: true or model.dtype: bfloat16, or take "
+                "lean.tokens; fewer adapted layers (lean.adapter.target_modules) help, too"
+                + (", and a lower train.batch_size" if tried > 1 else "")
+            )
+        fewer = math.ceil(tried / 2)
+        self.say(
+            f"out of memory with {tried} rows of {length} tokens at once: now {fewer}, the same batch a step"
+        )
+        return fewer
+
+    @property
+    def _rows_at_once(self) -> RowsAtOnce:
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, RowsAtOnce))
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """As Trainer's, but logits come back reduced; a batch that is too large is split."""
+        rows, limit = rows_in(inputs), self._rows_at_once
+        while True:
+            try:
+                return self._predict(
+                    model, inputs, limit.evaluation or rows, prediction_loss_only, ignore_keys
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            release()
+            limit.evaluation = self._fewer(rows, limit.evaluation, inputs)
+
+    def _predict(
+        self, model: nn.Module, inputs: dict[str, Any], most: int, loss_only: bool, ignore_keys: Any
+    ) -> tuple[Any, Any, Any]:
+        found: list[tuple[Any, Any, Any]] = []
+        weights: list[float] = []
+        for _, part in parts_of(inputs, most):
+            loss, logits, labels = super().prediction_step(model, part, loss_only, ignore_keys)
+            if logits is not None and self.reduce_logits is not None:
+                logits = self.reduce_logits(logits, labels)
+            found.append((loss, logits, labels))
+            items = self._get_num_items_in_batch([part], self.args.device)
+            by_rows = not self.model_accepts_loss_kwargs or items is None
+            weights.append(rows_in(part) if by_rows else float(items))  # type: ignore[arg-type]
+        if len(found) == 1:
+            return found[0]
+        losses, all_logits, all_labels = zip(*found, strict=True)
+        loss = None
+        if losses[0] is not None:
+            loss = sum(one * weight for one, weight in zip(losses, weights, strict=True)) / sum(weights)
+        logits = None if all_logits[0] is None else torch.cat(all_logits)
+        return loss, logits, None if all_labels[0] is None else torch.cat(all_labels)
+
+    # -- losses and gradients that are not finite
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once before each optimizer step: the last moment at which the weights are still good."""
@@ -223,8 +342,8 @@ def _cannot_save(error: Exception, folder: Path, step: int) -> RunError:
     """One line; the checkpoints from before are untouched."""
     kept = [path.name for path in list_checkpoints(folder) if (path / MANIFEST).is_file()]
     before = f"{kept[-1]} is kept: make room and go on with --resume" if kept else "there is none from before"
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return RunError(f"step {step}: the checkpoint cannot be written to {folder} ({reason}); {before}")
+    what = f"the checkpoint cannot be written to {folder} ({first_line(error)})"
+    return RunError(f"step {step}: {what}; {before}")
 
 
 def training_arguments(
@@ -290,6 +409,7 @@ def build_trainer(
     train: Any = None,
     validation: Any = None,
     on_nan: str = "stop",
+    say: Callable[[str], object] | None = None,
 ) -> LeanTrainer:
     """A Trainer for the task, silent but for `callbacks`."""
     trainer = LeanTrainer(
@@ -300,10 +420,11 @@ def build_trainer(
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=task.metrics,
-        preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=callbacks,
     )
-    trainer.on_nan = on_nan
+    trainer.on_nan, trainer.reduce_logits = on_nan, task.reduce_logits
+    if say is not None:
+        trainer.say = say
     if not task.counts_tokens:
         # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose
         # loss is a mean over rows do not: micro-batches would add up instead of being averaged.

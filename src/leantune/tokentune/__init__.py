@@ -5,7 +5,9 @@ from leantune.tokentune.attach import (
     check,
     chosen_tokens,
     has_tokens,
+    learned_tokens,
     set_token_state,
+    token_part,
     token_state,
     token_tune,
 )
@@ -20,7 +22,9 @@ __all__ = [
     "check",
     "chosen_tokens",
     "has_tokens",
+    "learned_tokens",
     "set_token_state",
+    "token_part",
     "token_state",
     "token_tune",
 ]

@@ -1,4 +1,5 @@
-"""Feed leantune broken and hostile files: every one is read, or refused with a line, within ten seconds.
+"""Feed leantune broken and hostile files: each is read, or refused with a line, within ten seconds of
+processor time.
 
     OMP_NUM_THREADS=1 python benchmarks/fuzz.py [--scale 1.0] [--targets recipes,data,plans,runs,checkpoints]
 
@@ -92,7 +93,7 @@ class Tally:
     def case(self, act: Callable[[], Any], what: str) -> None:
         """Run one case."""
         self.watch.seen.clear()
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         self.watch.on = True
         try:
             act()
@@ -116,7 +117,7 @@ class Tally:
             )
         finally:
             self.watch.on = False
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         self.outcomes[outcome] += 1
         if told is not None:
             self.wrong.setdefault(" ".join(told.split()[:4]) + outcome, told)
@@ -369,9 +370,10 @@ def fuzz_data(count: int, place: Path, tally: Tally) -> None:
             },
             "fuzz",
         )
-        tally.case(
-            lambda: inputs.read_inputs(recipe, console), f"{name} {task} {named} {content[:200]!r} {how}"
-        )
+        with mock.patch.multiple(inputs, **same):
+            tally.case(
+                lambda: inputs.read_inputs(recipe, console), f"{name} {task} {named} {content[:200]!r} {how}"
+            )
 
     common = (st.sampled_from(tasks), st.sampled_from([0.0, 0.3]), st.booleans())
     names = st.sampled_from(sorted(makers))
@@ -600,13 +602,13 @@ def workplace() -> Iterator[Path]:
     def stop(number: int, frame: Any) -> None:
         raise Hang
 
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGPROF, stop)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield place
     finally:
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
         datasets.config.HF_DATASETS_CACHE = before
         shutil.rmtree(place)
 

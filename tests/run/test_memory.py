@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,64 @@ def test_out_of_memory_elsewhere_is_one_line(
             leantune.train(made, resume=True, console=quiet())
     assert newest_complete(RunFolder(tmp_path / "run").checkpoints)[0] is None
     assert leantune.train(made, resume=True, console=quiet()).metrics["steps"] == 12
+
+
+UNDER_A_LIMIT = """
+import resource, sys, torch
+from pathlib import Path
+from transformers import BertConfig, BertModel
+import leantune
+from leantune.run import pipeline
+from tests.conftest import make_tokenizer
+from tests.run.support import recipe
+
+torch.set_num_threads(1)
+place, spare = Path(sys.argv[1]), int(sys.argv[2])
+began = pipeline._run
+
+def limited(*args):
+    if spare:  # what the process has by now, and so much more
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare * 2**20,) * 2)
+    return began(*args)
+
+pipeline._run = limited
+lean = {"adapter": {"type": "lora", "r": 4}}
+train = {"batch_size": 96, "steps": 4, "eval_batch_size": 24}
+made = recipe(place / "base", place / "data", place / f"run-{spare}", lean, train=train)
+leantune.train(made)
+"""
+
+
+@pytest.mark.slow
+def test_under_a_real_limit(bert_folder: Path, tmp_path: Path) -> None:
+    """RLIMIT_AS: the allocator itself refuses; the loss curve is that of the run without a limit."""
+    from transformers import BertConfig, BertModel
+
+    from tests.conftest import make_tokenizer
+
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(vocab_size=40, max_position_embeddings=64, pad_token_id=0, **sizes, **off)
+    ).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    rows = [{**row, "text": " ".join([row["text"]] * 9)} for row in requests(96, 0)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "data" / "test.jsonl", rows[:24])
+    told = {}
+    for spare in (0, 500):
+        done = subprocess.run(
+            [sys.executable, "-c", UNDER_A_LIMIT, str(tmp_path), str(spare)],
+            capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        told[spare] = done.stderr
+    assert "out of memory with 96 rows" in told[500] and "out of memory" not in told[0]
+    curves = [
+        [line["loss"] for line in callbacks.read_log(tmp_path / f"run-{spare}" / "log.jsonl")]
+        for spare in (0, 500)
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)

@@ -311,7 +311,12 @@ def test_a_recipe_that_was_about_to_be_written_does_not_block(
     (tmp_path / "run" / ".recipe.yaml.tmp").write_text("half")
     made = recipe(bert_folder, data_folder, tmp_path / "run", train={"steps": 1})
     assert leantune.train(made, console=quiet()).metrics["steps"] == 1
-    assert not (tmp_path / "run" / ".recipe.yaml.tmp").exists()
+    (tmp_path / "run" / "metrics.json").unlink()
+    (tmp_path / "run" / ".adapter.gone").mkdir()
+    (tmp_path / "run" / ".metrics.json.tmp").write_text("half")
+    (tmp_path / "run" / ".mine.tmp").write_text("a person's")
+    assert leantune.train(made, resume=True, console=quiet()).metrics["steps"] == 1
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".mine.tmp"]
 
 
 def test_overwriting_removes_metrics_first(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
+from datasets.utils import logging as datasets_logging
 
 from leantune.errors import UserError, first_line
 from leantune.recipes import DataRecipe
@@ -128,12 +130,23 @@ def _open_files(files: dict[str, Path]) -> DatasetDict:
         if builder != "parquet":
             _check_text(file)
         try:
-            splits[name] = load_dataset(builder, data_files={name: str(file)}, split=name)
+            with _quiet_datasets():  # it logs the failure, which is told below
+                splits[name] = load_dataset(builder, data_files={name: str(file)}, split=name)
         except (
             Exception
         ) as error:  # pyarrow's, pandas' and datasets' own kinds; to a person they mean the same
             raise UserError(f"{file}: cannot be read as {builder}: {_reason(error)}") from None
     return splits
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
 
 
 def _check_text(file: Path) -> None:

@@ -127,8 +127,17 @@ class RunFolder:
         """Make the folder ready: an old run goes, if it may, and the recipe is written."""
         if overwrite:
             self.clear()
+        self._sweep()
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe_file, yaml.dump(recipe.to_dict()))
+
+    def _sweep(self) -> None:
+        """What a killed process was about to write or to remove, under names that only this module gives."""
+        for place in self._folders:
+            for leftover in (_temporary(place), _doomed(place)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for place in (*self._files, self.recipe_file):
+            _temporary(place).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove a run's own files and folders, nothing else."""
@@ -183,7 +192,7 @@ def take_place(written: Path, place: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder: gone under its name at once, so that no half of it can be taken for the whole."""
-    doomed = folder.with_name(f".{folder.name}.gone")
+    doomed = _doomed(folder)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.replace(doomed)
     shutil.rmtree(doomed)
@@ -206,6 +215,10 @@ def sync(entry: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.gone")
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -275,6 +275,13 @@ def damaged(content: bytes, how: tuple[str, float, bytes]) -> bytes:
     return content * 2 if kind == "double" else extra * 20
 
 
+def changed_keys(before: Any, after: Any) -> str:
+    """What an edit did, for a report."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return repr(after)[:200]
+    return ", ".join(f"{key}: {value!r}"[:200] for key, value in after.items() if before.get(key) != value)
+
+
 # -- targets -------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +493,11 @@ def fuzz_runs(count: int, place: Path, tally: Tally) -> None:
     repeat(
         count // 2,
         edits,
-        lambda pair: act(pair[0], lambda f: f.write_text(json.dumps(pair[1])) and None, str(pair[1])[:200]),
+        lambda pair: act(
+            pair[0],
+            lambda f: f.write_text(json.dumps(pair[1])) and None,
+            changed_keys(json.loads((whole / pair[0]).read_text()), pair[1]),
+        ),
     )
     assert not list(outside.iterdir())
 

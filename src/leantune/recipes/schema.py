@@ -257,6 +257,9 @@ class TrainRecipe(BaseModel):
     eval_batch_size: PositiveInt = Field(64, description="rows a device and forward pass in evaluation")
     learning_rate: PositiveFloat | None = Field(None, description="null: the method's usual one")
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite: stop, or skip the step and count it"
+    )
 
 
 class Recipe(Strict):

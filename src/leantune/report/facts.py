@@ -134,6 +134,8 @@ def speed_facts(metrics: Mapping[str, Any]) -> list[Fact]:
         Fact("One step", format_seconds(speed.get("step_seconds_median")), "median"),
         Fact("Tokens a second", format_count(rate), "padding left out" if is_finite(rate) else ""),
     ]
+    if skipped := metrics.get("skipped_steps"):
+        rows.append(Fact("Skipped steps", format_count(skipped), "loss or gradient was not finite"))
     if estimate:
         rows.insert(0, Fact("Estimation", format_seconds(estimate), "masks, before pruning"))
     return rows

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from leantune.errors import UserError
+from leantune.errors import UserError, shown
 from leantune.recipes import Recipe
 
 DEFAULT_MAX_LENGTH = 512
@@ -144,5 +144,5 @@ def check_texts(values: Sequence[Any], column: str, where: str, first_row: int) 
     """
     for number, value in enumerate(values, first_row):
         if not isinstance(value, str):
-            raise UserError(f"{where}, row {number}: column {column!r} is {value!r}, not text")
+            raise UserError(f"{where}, row {number}: column {column!r} is {shown(value)}, not text")
     return list(values)

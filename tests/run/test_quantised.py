@@ -21,9 +21,9 @@ from leantune.errors import UserError
 from leantune.peft_methods.quantised import logical_numel
 from leantune.recipes import ModelRecipe
 from leantune.run import callbacks, quantization
-from leantune.run.callbacks import StopOnSignal
 from leantune.run.folder import RunFolder
 from leantune.run.models import load_base
+from leantune.run.stopping import StopOnSignal
 from tests.conftest import WORDS, make_tokenizer
 from tests.quantised import need, open_llama, save_llama
 from tests.run.support import SETTINGS, quiet, recipe

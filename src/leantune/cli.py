@@ -232,6 +232,52 @@ def _show_comparison(folder: Path, result: dict[str, Any]) -> None:
 
 @app.command()
 @_quiet
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="What to plan for, and keys to change."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without a recipe: a folder with a config.json, or a hub name.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="With --model: causal-lm | classification.")] = "causal-lm",
+    dtype: Annotated[str, typer.Option(help="With --model: auto | float32 | bfloat16 | float16.")] = "auto",
+    batch: Annotated[int | None, typer.Option(help="Rows a forward pass; default: the recipe's.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of the longest row; default: the data's")] = None,
+    memory: Annotated[str | None, typer.Option(help="What fits in, e.g. 24GiB, and how.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu | cuda; default: cuda where there is one.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="The closed form: instant, rougher.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="The recipe without its alternatives.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --memory: write the recipe that fits, least changed.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predicted memory of a training step, method by method; no weights are read."""
+    from rich.console import Console
+
+    from leantune.planner.command import plan_command
+    from leantune.planner.table import plan_table
+
+    made = plan_command(
+        arguments or [],
+        {"model": model, "task": task, "dtype": dtype, "batch": batch, "length": length},
+        memory=memory,
+        device=device,
+        fast=fast,
+        alone=alone,
+        write=write,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        console = _console()
+        console.print(plan_table(made, console.width))
+
+
+@app.command()
+@_quiet
 def export(
     run: RunArgument,
     to: Annotated[str, typer.Option(help="lora | merged | pruned")],

@@ -1,0 +1,108 @@
+"""What a forecast says, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Engine = Literal["traced", "closed form"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is in memory at the moment of a training step when most is, in bytes.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Of trained parameters, as far as they exist at that moment.
+        optimizer: Its state (AdamW: two numbers a trained parameter).
+        activations: What autograd keeps of the layers for the backward pass.
+        logits: The output head's results, the loss, and their gradients.
+        temporary: Everything else that exists only for a moment; what gradient checkpointing computes again.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one training step costs.
+
+    Attributes:
+        memory: At the peak, split.
+        saved_activation_bytes: As `leantune.saved_activation_bytes` would measure it.
+        parameters: Of base, head and adapter.
+        trained: Parameters that are trained.
+        forward_flops: Floating-point operations of the forward pass; None where they are not known.
+        backward_flops: Of the backward pass, what checkpointing computes again included.
+        engine: Where the figures come from.
+    """
+
+    memory: Memory
+    saved_activation_bytes: int
+    parameters: int
+    trained: int
+    forward_flops: int | None
+    backward_flops: int | None
+    engine: Engine
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return self.memory.total
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One row of a plan.
+
+    Attributes:
+        name: The method, as in the table.
+        own: Whether it is the recipe's own.
+        changes: Recipe key → value: what makes the recipe this one.
+        train: The main stage at its start; None where the method does not work on the model.
+        estimate: The masked first stage of a pruned run.
+        frozen: After LaMDA froze all of B.
+        evaluation_peak: Bytes at the peak of an evaluation batch; None where not asked for.
+        refused: Why the method does not work on the model, in one line.
+    """
+
+    name: str
+    own: bool
+    changes: dict[str, Any]
+    train: Figures | None = None
+    estimate: Figures | None = None
+    frozen: Figures | None = None
+    evaluation_peak: int | None = None
+    refused: str | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes at the peak of the whole run's training: the larger of its stages."""
+        stages = [stage.peak for stage in (self.train, self.estimate) if stage is not None]
+        return max(stages, default=None)
+
+    @property
+    def trained_at_end(self) -> int | None:
+        """Parameters that are trained to the end."""
+        last = self.frozen or self.train
+        return None if last is None else last.trained
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with the sums."""
+        data = asdict(self)
+        for stage in ("train", "estimate", "frozen"):
+            figures = getattr(self, stage)
+            if figures is not None:
+                data[stage]["memory"]["total"] = figures.peak
+        return data | {"peak": self.peak, "trained_at_end": self.trained_at_end}

@@ -1,6 +1,6 @@
 """From a config to the model that a recipe trains: without weights, or (to check that) with random ones.
 
-    config → model on meta → heads and neurons cut → adapter → fake tensors → token selection, masks
+    config → model on meta → heads and neurons cut → adapter → quantised → fake tensors → token selection, masks
 
 PEFT cannot be attached to fake tensors, so the adapter comes before; token selection runs the model once, so
 it comes after.
@@ -26,6 +26,7 @@ from leantune.lightpeft.adapters import adapter_layers
 from leantune.lightpeft.config import ratio
 from leantune.lightpeft.select import Kept, keep_units
 from leantune.lightpeft.surgery import prune_base
+from leantune.planner.quantized import quantize_for_real, stand_in
 from leantune.planner.setting import Setting
 from leantune.planner.tracker import Tracker
 from leantune.recipes import Recipe
@@ -48,16 +49,21 @@ def build_fake(setting: Setting, tracker: Tracker) -> nn.Module:
         base = base_model(setting)
     base.tie_weights()  # which were made one by one
     model = attached(base, setting)
+    if setting.storage is not None:
+        stand_in(model, setting.storage, lambda: tracker.during("dequantise"))
     _to_fake(model, tracker)
     with tracker, tracker.lenient(), tracker.during("attach"):
-        _attach_late(model, setting)
+        _attach_late(model, setting, verify=False)
     return _ready(model, setting)
 
 
 def build_real(setting: Setting) -> nn.Module:
     """The same model with random weights on the CPU."""
-    model = attached(base_model(setting), setting)
-    _attach_late(model, setting)
+    base = base_model(setting)
+    if setting.storage is not None:
+        quantize_for_real(base, setting.storage)
+    model = attached(base, setting)
+    _attach_late(model, setting, verify=True)
     return _ready(model, setting)
 
 
@@ -86,7 +92,8 @@ def attached(model: PreTrainedModel, setting: Setting) -> nn.Module:
         groups = find_groups(model)
         prune_base(model, groups, spread_units(lean.prune_config(recipe), groups))
         recipe = _fewer_ranks(recipe)
-    bare = recipe.model_copy(update={"lean": recipe.lean.model_copy(update={"prune": None, "tokens": None})})
+    without = {"prune": None, "tokens": None, "quantize": None}
+    bare = recipe.model_copy(update={"lean": recipe.lean.model_copy(update=without)})
     adapted = lean.attach(model, bare, TASKS[recipe.model.task].peft_task_type)
     if prune is not None and setting.stage != "estimate":
         _drop_modules(adapted, lean.prune_config(recipe))
@@ -96,9 +103,9 @@ def attached(model: PreTrainedModel, setting: Setting) -> nn.Module:
     return adapted
 
 
-def _attach_late(model: nn.Module, setting: Setting) -> None:
+def _attach_late(model: nn.Module, setting: Setting, verify: bool) -> None:
     """Token selection, which tries the model, and the masks of a pruned run's first stage."""
-    lean.attach_tokens(model, setting.recipe)
+    lean.attach_tokens(model, setting.recipe, verify)
     if setting.stage == "estimate":
         attach_masks(model, lean.prune_config(setting.recipe))
 

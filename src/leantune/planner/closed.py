@@ -1,25 +1,29 @@
 """The closed form: a training step's memory from the model's shapes alone, without running anything.
 
-The peak is the higher of two moments: the start of the backward pass, when everything that the layers kept
+The peak is the highest of a few moments: the start of the backward pass, when everything that the layers kept
 and the logits are there, and its end, when all gradients are. See `shapes` for what a layer keeps.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 
 from leantune.anatomy import find_groups
 from leantune.errors import UserError
 from leantune.planner.building import attached, base_model
 from leantune.planner.forecast import Figures, Memory
+from leantune.planner.quantized import stand_in
+from leantune.planner.resident import saving_peak
 from leantune.planner.setting import Setting, check
 from leantune.planner.shapes import Shapes, read_shapes
 
 _LOGIT_BYTES = 12  # float32 logits, their log-softmax, its gradient
-_SCORES = 3  # matrices of scores that unfused attention keeps: before, after softmax, after dropout
+_SCORE_GRADIENTS = 1  # matrices of scores that unfused attention has on its way back
 
 
 def estimate(setting: Setting) -> Figures:
@@ -35,23 +39,46 @@ def estimate(setting: Setting) -> Figures:
     shapes, tokens = _shapes_of(setting), setting.batch * setting.length
     chosen = _chosen(setting)  # tokens with a gradient
     kept = _kept(shapes, setting, tokens, chosen)
-    widest = max(layer.wide for layer in shapes.layers)
-    again = chosen * (max(layer.kept for layer in shapes.layers) + widest) if setting.checkpointing else 0
-    logits = chosen * shapes.vocabulary * _LOGIT_BYTES
-    fixed = shapes.trained_bytes if setting.accumulates else 0
-    moment = max(logits, again or 2 * chosen * widest)
-    starts = fixed + kept + moment >= shapes.trained_bytes + again
-    memory = Memory(
-        weights=shapes.weights,
-        gradients=fixed if starts else shapes.trained_bytes,
-        optimizer=2 * shapes.trained_bytes,
-        activations=kept if starts else 0,
-        logits=min(logits, moment) if starts else 0,
-        temporary=moment - min(logits, moment) if starts else again,
-    )
     forward, backward = _operations(shapes, setting, tokens, chosen)
-    saved = kept + chosen * shapes.vocabulary * 4
-    return Figures(memory, saved, shapes.parameters, shapes.trained, forward, backward, "closed form")
+    return Figures(
+        memory=max(_moments(shapes, setting, chosen, kept), key=lambda memory: memory.total),
+        saved_activation_bytes=kept + chosen * shapes.vocabulary * 4,
+        parameters=shapes.parameters,
+        trained=shapes.trained,
+        forward_flops=forward,
+        backward_flops=backward,
+        engine="closed form",
+        evaluation_peak=_evaluation_peak(shapes, setting) if setting.evaluates else 0,
+        saving_peak=saving_peak(
+            setting, shapes.weights + shapes.scales, 2 * shapes.trained_bytes, shapes.trained_bytes
+        ),
+    )
+
+
+def _moments(shapes: Shapes, setting: Setting, chosen: int, kept: int) -> list[Memory]:
+    """Start and end of the backward pass, and the update."""
+    weights, gradients, optimizer = setting.sharing.shares
+    fixed: dict[str, int] = {
+        "weights": round(shapes.weights * weights),
+        "optimizer": round(2 * shapes.trained_bytes * optimizer),
+        "communication": setting.sharing.communication(shapes.units),
+    }
+    scales = round(shapes.scales * weights)
+    whole = round(shapes.trained_bytes * gradients)
+    early = whole if setting.accumulates else 0
+    widest = max(layer.wide for layer in shapes.layers)
+    logits = chosen * shapes.vocabulary * _LOGIT_BYTES
+    backwards = 2 * chosen * widest
+    again = chosen * (max(layer.kept for layer in shapes.layers) + widest) if setting.checkpointing else 0
+    again += _score_bytes(shapes, setting, chosen, shapes.scores) if setting.checkpointing else 0
+    copy = 0 if setting.fused or setting.device == "cpu" else shapes.trained_bytes
+    inside = scales + shapes.dequantised
+    return [
+        Memory(gradients=early, activations=kept, logits=logits, temporary=0, quantization=scales, **fixed),
+        Memory(gradients=early, activations=kept, logits=0, temporary=again or backwards, quantization=inside, **fixed),
+        Memory(gradients=whole, activations=0, logits=0, temporary=again, quantization=inside, **fixed),
+        Memory(gradients=whole, activations=0, logits=0, temporary=copy, quantization=scales, **fixed),
+    ]
 
 
 def _chosen(setting: Setting) -> int:
@@ -65,25 +92,59 @@ def _chosen(setting: Setting) -> int:
 
 def _kept(shapes: Shapes, setting: Setting, tokens: int, chosen: int) -> int:
     """Bytes that the layers keep from the forward pass to the backward pass."""
-    whole = shapes.all
+    whole, outside = shapes.all, tokens * shapes.outside
     if setting.checkpointing:
         start = tokens * shapes.hidden if chosen < tokens else 0  # keys and values are made again from it
-        return chosen * shapes.hidden * len(shapes.layers) + start
-    kept = chosen * whole.kept
+        return chosen * shapes.hidden * len(shapes.layers) + start + outside
+    kept = chosen * whole.kept + outside
     if chosen < tokens:
         kept += (tokens - chosen) * whole.keys
-    if not shapes.fused:
-        kept += _SCORES * chosen * setting.length * whole.heads * setting.dtype.itemsize
-    return kept
+    kept += len(shapes.layers) * _mask_bytes(shapes, setting, chosen)
+    return kept + len(shapes.layers) * _score_bytes(shapes, setting, chosen, shapes.scores)
+
+
+def _mask_bytes(shapes: Shapes, setting: Setting, queries: int) -> int:
+    """Of the padding mask as one layer's fused attention keeps it; token selection makes one for all."""
+    shared = shapes.scores or setting.recipe.lean.tokens is not None or not setting.padded
+    return 0 if shared else queries * setting.length * setting.dtype.itemsize
+
+
+def _score_bytes(shapes: Shapes, setting: Setting, queries: int, matrices: float) -> int:
+    """Of one layer's matrices of scores, where attention has them in memory."""
+    if not shapes.scores:
+        return 0
+    heads = max(layer.heads for layer in shapes.layers)
+    return int(matrices * queries * setting.length * heads * setting.dtype.itemsize)
+
+
+def _evaluation_peak(shapes: Shapes, setting: Setting) -> int:
+    """A forward pass without gradient: a layer at a time, keys and values of a decoder, and the logits."""
+    weights, _, optimizer = setting.sharing.shares
+    resident = (shapes.weights + shapes.scales) * weights + 2 * shapes.trained_bytes * optimizer
+    tokens, size = setting.evaluation_batch * setting.length, setting.dtype.itemsize
+    caches = shapes.vocabulary > 0 and getattr(setting.config.get_text_config(), "use_cache", False)
+    cache = tokens * shapes.all.cache if caches else 0
+    layer = tokens * (2 * max(each.wide for each in shapes.layers) + 2 * shapes.hidden)
+    layer += _score_bytes(shapes, setting, tokens, 2) + shapes.dequantised
+    # stored, in float32, log-softmax; float32 ones are not copied
+    logits = tokens * shapes.vocabulary * (size + (4 if size < 4 else 0) + 4)
+    communication = setting.sharing.communication(shapes.units)
+    return round(resident + communication + cache + max(layer, logits + tokens * shapes.hidden))
 
 
 def _operations(shapes: Shapes, setting: Setting, tokens: int, chosen: int) -> tuple[int, int]:
-    """Forward and backward: two operations a multiply-add, as many for each gradient asked for."""
+    """Forward and backward: two operations a multiply-add, as many for each gradient asked for.
+
+    Attention: two products forward, as many or more backward (fused kernels make the scores again: five).
+    """
     body, head = 2 * shapes.products, 2 * shapes.head_products
-    forward = tokens * body + chosen * head + (chosen * body if chosen < tokens else 0)
+    attention = 4 * setting.length * shapes.all.attention
+    forward = tokens * (body + attention) + chosen * head
+    forward += chosen * (body + attention) if chosen < tokens else 0
     gradients = 2 if shapes.trained > shapes.parameters // 2 else 1
-    again = chosen * body if setting.checkpointing else 0
-    return forward, chosen * (body + head) * gradients + again
+    again = chosen * (body + attention) if setting.checkpointing else 0
+    back = 2.0 if shapes.scores else 2.5
+    return forward, round(chosen * ((body + head) * gradients + back * attention)) + again
 
 
 def _shapes_of(setting: Setting) -> Shapes:
@@ -91,10 +152,10 @@ def _shapes_of(setting: Setting) -> Shapes:
     text = (
         recipe.model.model_dump_json()
         + recipe.lean.model_dump_json(exclude={"tokens"})
-        + setting.stage
-        + setting.device
+        + f"{setting.stage} {setting.device} {setting.storage} "
+        + setting.config.to_json_string()
     )
-    return _cached(_Key(text + setting.config.to_json_string(), setting))
+    return _cached(_Key(text, setting))
 
 
 class _Key:
@@ -112,10 +173,15 @@ class _Key:
 
 @functools.lru_cache(maxsize=32)
 def _cached(key: _Key) -> Shapes:
-    with init_empty_weights(include_buffers=False):
-        base = base_model(key.setting)
-    base.tie_weights()
-    groups = find_groups(base)
-    if not groups:
-        raise UserError(f"{type(base).__name__}: no attention heads or feed-forward blocks are found in it")
-    return read_shapes(attached(base, key.setting), groups, key.setting)
+    setting = key.setting
+    with torch.random.fork_rng(devices=[]):
+        with init_empty_weights(include_buffers=False):
+            base = base_model(setting)
+        base.tie_weights()
+        groups = find_groups(base)
+        if not groups:
+            raise UserError(f"{type(base).__name__}: no attention heads or feed-forward blocks are found in it")
+        model = attached(base, setting)
+    if setting.storage is not None:
+        stand_in(model, setting.storage, nullcontext)
+    return read_shapes(model, groups, setting)

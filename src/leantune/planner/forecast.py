@@ -19,6 +19,8 @@ class Memory:
         activations: What autograd keeps of the layers for the backward pass.
         logits: The output head's results, the loss, and their gradients.
         temporary: Everything else that exists only for a moment; what gradient checkpointing computes again.
+        quantization: Scales of quantised weights, and weights dequantised for a product.
+        communication: On several GPUs, weights gathered and gradients on their way.
     """
 
     weights: int
@@ -27,6 +29,8 @@ class Memory:
     activations: int
     logits: int
     temporary: int
+    quantization: int = 0
+    communication: int = 0
 
     @property
     def total(self) -> int:
@@ -46,6 +50,8 @@ class Figures:
         forward_flops: Floating-point operations of the forward pass; None where they are not known.
         backward_flops: Of the backward pass, what checkpointing computes again included.
         engine: Where the figures come from.
+        evaluation_peak: Bytes at the peak of an evaluation batch, between two training steps.
+        saving_peak: Bytes while a checkpoint is written.
     """
 
     memory: Memory
@@ -55,11 +61,19 @@ class Figures:
     forward_flops: int | None
     backward_flops: int | None
     engine: Engine
+    evaluation_peak: int = 0
+    saving_peak: int = 0
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak."""
+        """Bytes at the peak of training."""
         return self.memory.total
+
+    @property
+    def flops(self) -> int | None:
+        """Of a forward and a backward pass."""
+        known = self.forward_flops is not None and self.backward_flops is not None
+        return (self.forward_flops or 0) + (self.backward_flops or 0) if known else None
 
 
 @dataclass(frozen=True)

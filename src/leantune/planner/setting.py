@@ -9,6 +9,8 @@ import torch
 from transformers import PretrainedConfig
 
 from leantune.errors import UserError
+from leantune.planner.quantized import STORAGES, Storage
+from leantune.planner.sharing import Sharing
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import RENAMED
 
@@ -33,6 +35,9 @@ class Setting:
             attention with dropout keeps no scores there.
         stage: `train`: the run's main stage, with nothing frozen yet (of a pruned run: after the cut).
             `estimate`: the masked first stage of a pruned run. `frozen`: after LaMDA froze all of B.
+        quantize: How the base is stored, where the recipe does not say.
+        sharing: Over how many processes, and how.
+        evaluates: Whether the run evaluates at all.
     """
 
     recipe: Recipe
@@ -42,6 +47,20 @@ class Setting:
     padded: bool
     stage: Stage = "train"
     device: Device = "cpu"
+    quantize: Storage | None = None
+    sharing: Sharing = Sharing()
+    evaluates: bool = True
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Rows of an evaluation's forward pass."""
+        return self.recipe.train.eval_batch_size
+
+    @property
+    def storage(self) -> Storage | None:
+        """How the base's linear layers are stored; None: in `dtype`."""
+        own: Any = self.recipe.lean.quantize
+        return own if own is not None else self.quantize
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,9 +120,18 @@ def check(setting: Setting) -> None:
     if limit and setting.length > limit:
         raise UserError(f"length = {setting.length}: the model reads at most {limit} tokens")
     if getattr(config, "quantization_config", None):
-        raise UserError(f"model.path = {recipe.model.path!r}: quantised weights cannot be planned for yet")
+        raise UserError(
+            f"model.path = {recipe.model.path!r}: its weights are quantised already; a plan is made for the "
+            f"plain model (and for lean.quantize)"
+        )
+    if setting.storage is not None and setting.storage not in STORAGES:
+        raise UserError(f"lean.quantize = {setting.storage!r}: a plan is made for {', '.join(STORAGES)}")
+    if setting.storage is not None and recipe.lean.adapter.type == "none":
+        raise UserError(f"lean.quantize = {setting.storage!r}: quantised weights cannot be trained; set an adapter")
     optimizer = arguments(recipe).get("optim", OPTIMIZERS[0])
     if optimizer not in OPTIMIZERS:
         raise UserError(f"train.optim = {optimizer!r}: a plan is made for {' or '.join(OPTIMIZERS)}")
-    if getattr(config.get_text_config(), "vocab_size", None) is None:
-        raise UserError(f"model.path = {recipe.model.path!r}: its config has no vocab_size")
+    text = config.get_text_config()
+    missing = [name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(text, name, None), int)]
+    if missing:
+        raise UserError(f"model.path = {recipe.model.path!r}: its config names no {' and no '.join(missing)}")

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from leantune.anatomy import find_head
 from leantune.lightpeft.estimation import estimation_of
 from leantune.planner.setting import Setting, arguments
+from leantune.run.tasks import make_task
 
 IGNORED = -100
 Mark = Callable[[str], None]
@@ -100,14 +101,25 @@ class Step:
             estimation.step()
         self.optimizer.step()
 
+    def evaluate(self, batch: dict[str, Tensor]) -> None:
+        """A batch of an evaluation between two steps: logits, and what is kept of them."""
+        self.model.eval()
+        with torch.no_grad(), kernels(self.setting):
+            output = self._output(batch)
+            make_task(self.setting.recipe).reduce_logits(output.logits, batch["labels"])
+        self.model.train()
+
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The forward pass; everything but the loss is let go, as the Trainer does."""
+        return self._output(batch).loss
+
+    def _output(self, batch: dict[str, Tensor]) -> Any:
         dtype = self.setting.autocast
         if dtype is None:
-            return self.model(**batch).loss
+            return self.model(**batch)
         with torch.autocast("cpu", dtype=dtype):
             output = self.model(**batch)
-        return convert_outputs_to_fp32(lambda: output)().loss
+        return convert_outputs_to_fp32(lambda: output)()
 
     @contextmanager
     def _marked(self) -> Iterator[None]:

@@ -6,8 +6,8 @@ state in place. It equals what the CPU's allocator gives out in the same step, k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from leantune.errors import UserError
 from leantune.planner.building import build_fake, undisturbed
 from leantune.planner.forecast import Figures, Memory
 from leantune.planner.setting import Setting, check
+from leantune.planner.sharing import Sharing
+from leantune.planner.resident import saving_peak, units_of
 from leantune.planner.step import Saved, Step, kernels, make_batch, make_optimizer
 from leantune.planner.tracker import Tracker, UnanswerableError
 from leantune.tokentune.attach import tuner_of
@@ -75,28 +77,6 @@ class Tracer:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CannotTrace(f"{name} cannot be traced without weights: {reason[:160]}") from None
 
-    def evaluation_peak(self, setting: Setting, batch: int) -> int:
-        """Bytes at the peak of a forward pass without gradient, the optimizer's state in place.
-
-        Args:
-            setting: As of `trace`.
-            batch: Rows; the recipe's `eval_batch_size`.
-
-        Raises:
-            CannotTrace, UserError: As `trace`.
-        """
-        model, tracker = self._model(setting)
-        with undisturbed(), tracker:
-            optimizer = make_optimizer(model, setting)
-            rows = make_batch(replace(setting, batch=batch))
-            start = len(tracker.events)
-            model.eval()
-            with torch.no_grad(), kernels(setting):
-                output = model(**rows)
-            del output, optimizer
-        model.train()
-        return tracker.peak(start)[0]
-
     def _model(self, setting: Setting) -> tuple[nn.Module, Tracker]:
         key = _identity(setting)
         if self._made is None or self._made[0] != key:
@@ -115,49 +95,102 @@ def _identity(setting: Setting) -> Any:
     lean = setting.recipe.lean.model_dump()
     if lean["tokens"] is not None:
         lean["tokens"].pop("keep")
-    return lean, setting.stage, setting.checkpointing, setting.dtype, setting.recipe.model, id(setting.config)
+    how = (setting.stage, setting.checkpointing, setting.dtype, setting.storage)
+    return lean, how, setting.recipe.model, id(setting.config)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Keys of what is in memory between two steps."""
+
+    weights: set[int]
+    scales: set[int]
+    optimizer: set[int]
+    gradients: set[int]
+
+    def share(self, sharing: Sharing) -> Callable[[int], float]:
+        """Key → the part of it that one process holds."""
+        weights, gradients, optimizer = sharing.shares
+        parts = {
+            **dict.fromkeys(self.weights | self.scales, weights),
+            **dict.fromkeys(self.gradients, gradients),
+            **dict.fromkeys(self.optimizer, optimizer),
+        }
+        return lambda key: parts.get(key, 1.0)
 
 
 def _traced(model: nn.Module, setting: Setting, tracker: Tracker) -> Figures:
     tracker.flops.clear()
+    communication = setting.sharing.communication(units_of(model)) if setting.sharing.gpus > 1 else 0
     with tracker:
         with tracker.during("weights"):
-            weights = _keys(tracker, (*model.parameters(), *model.buffers()))
+            scales = _keys(tracker, (b for n, b in model.named_buffers() if ".scale_" in n))
+            weights = _keys(tracker, (*model.parameters(), *model.buffers())) - scales
         with tracker.during("before"):
             optimizer = make_optimizer(model, setting)
             batch = make_batch(setting)
             _keys(tracker, batch.values())
         state = _keys(tracker, (v for held in optimizer.state.values() for v in held.values()))
         saved, start = Saved(tracker.key), len(tracker.events)
-        Step(model, optimizer, setting, tracker.enter).run(batch, saved)
+        step = Step(model, optimizer, setting, tracker.enter)
+        step.run(batch, saved)
         gradients = _keys(tracker, (p.grad for p in model.parameters() if p.grad is not None))
+        end = len(tracker.events)
         tracker.enter("after")
         model.zero_grad(set_to_none=True)
-    known = {"weights": weights, "optimizer": state, "gradients": gradients}
+        known = _Known(weights, scales, state, gradients)
+        evaluation = _evaluation_peak(step, setting, tracker, known) if setting.evaluates else 0
+        del optimizer, step
     sizes, _ = _born(tracker)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    memory = _split(tracker, (start, end), known, saved, setting.sharing)
     return Figures(
-        memory=_split(tracker, start, known, saved),
-        saved_activation_bytes=sum(sizes[key] for key in saved.keys - weights),
+        memory=replace(memory, communication=communication),
+        saved_activation_bytes=sum(sizes[key] for key in saved.keys - weights - scales),
         parameters=_count(model.parameters()),
-        trained=_count(p for p in model.parameters() if p.requires_grad),
+        trained=_count(trained),
         forward_flops=sum(tracker.flops[phase] for phase in ("forward", "head")),
         backward_flops=sum(tracker.flops[phase] for phase in ("head backward", "backward")),
         engine="traced",
+        evaluation_peak=evaluation,
+        saving_peak=saving_peak(
+            setting,
+            *(sum(sizes[key] for key in keys) for keys in (weights | scales, state)),
+            sum(p.numel() * p.element_size() for p in trained),
+        ),
     )
 
 
-def _split(tracker: Tracker, start: int, known: dict[str, set[int]], saved: Saved) -> Memory:
+def _evaluation_peak(step: Step, setting: Setting, tracker: Tracker, known: _Known) -> int:
+    """Bytes at the peak of an evaluation batch, the optimizer's state in place."""
+    tracker.enter("evaluation")
+    batch = make_batch(replace(setting, batch=setting.evaluation_batch))
+    _keys(tracker, batch.values())
+    start = len(tracker.events)
+    step.evaluate(batch)
+    return tracker.peak(start, None, known.share(setting.sharing))[0]
+
+
+def _split(
+    tracker: Tracker, span: tuple[int, int], known: _Known, saved: Saved, sharing: Sharing
+) -> Memory:
     """Sort what is alive at the step's peak."""
-    _, alive = tracker.peak(start)
+    share = known.share(sharing)
+    _, alive = tracker.peak(*span, share)
     sizes, phases = _born(tracker)
-    parts = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "logits", "temporary"), 0)
+    names = {
+        **dict.fromkeys(saved.keys, "activations"),
+        **{key: "logits" for key, phase in phases.items() if phase in _HEAD},
+        **{key: "quantization" for key, phase in phases.items() if phase == "dequantise"},
+        **dict.fromkeys(known.scales, "quantization"),
+        **dict.fromkeys(known.gradients, "gradients"),
+        **dict.fromkeys(known.optimizer, "optimizer"),
+        **dict.fromkeys(known.weights, "weights"),
+    }
+    parts = dict.fromkeys((field.name for field in fields(Memory)), 0.0)
     for key in alive:
-        named = next((name for name, keys in known.items() if key in keys), None)
-        if named is None:
-            in_head = phases[key] in _HEAD
-            named = "logits" if in_head else "activations" if key in saved.keys else "temporary"
-        parts[named] += sizes[key]
-    return Memory(**parts)
+        parts[names.get(key, "temporary")] += sizes[key] * share(key)
+    return Memory(**{name: round(size) for name, size in parts.items()})
 
 
 def _born(tracker: Tracker) -> tuple[dict[int, int], dict[int, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,12 +153,21 @@ class Tracker(TorchDispatchMode):
         else:
             self.flops[self.phase] += attention_flops(packet, args)
 
-    def peak(self, start: int) -> tuple[int, list[int]]:
-        """The largest sum of living storages since event number `start`, and the keys alive then."""
-        total = sum(event.bytes for event in self.events[:start])
+    def peak(
+        self, start: int, stop: int | None = None, share: Callable[[int], float] | None = None
+    ) -> tuple[int, list[int]]:
+        """The largest sum of living storages between two events, and the keys alive then.
+
+        Args:
+            start: Number of the first event that counts.
+            stop: Of the first that no longer does; None: to the end.
+            share: Key → the part of the storage that this process holds.
+        """
+        held = share or (lambda key: 1.0)
+        total = sum(event.bytes * held(event.key) for event in self.events[:start])
         best, at = total, start - 1
-        for number, event in enumerate(self.events[start:], start):
-            total += event.bytes
+        for number, event in enumerate(self.events[start:stop], start):
+            total += event.bytes * held(event.key)
             if total > best:
                 best, at = total, number
         alive: dict[int, None] = {}
@@ -169,7 +178,7 @@ class Tracker(TorchDispatchMode):
                 alive[event.key] = None
             else:
                 alive.pop(event.key)
-        return best, list(alive)
+        return round(best), list(alive)
 
 
 def _numbered(indices: Any) -> list[Tensor | None]:

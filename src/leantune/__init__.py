@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         prune,
     )
     from leantune.measure import saved_activation_bytes
+    from leantune.planner import plan
     from leantune.recipes import Recipe
     from leantune.run import TaskSwitcher, evaluate, export, load, predict, train
     from leantune.tokentune import (
@@ -69,6 +70,7 @@ _HOME = {
     "learned_plan": "leantune.lightpeft",
     "prune": "leantune.lightpeft",
     "saved_activation_bytes": "leantune.measure",
+    "plan": "leantune.planner",
     "Recipe": "leantune.recipes",
     "compare": "leantune.comparison",
     "train": "leantune.run",
@@ -106,6 +108,7 @@ __all__ = [
     "lamda_to_lora",
     "learned_plan",
     "load",
+    "plan",
     "predict",
     "prune",
     "save_as_lora",

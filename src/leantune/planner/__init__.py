@@ -8,8 +8,8 @@ from leantune.planner.closed import estimate
 from leantune.planner.forecast import Figures, Forecast, Memory
 from leantune.planner.planning import Plan, plan
 from leantune.planner.setting import Setting
+from leantune.planner.sharing import Sharing
 from leantune.planner.sizes import parse_size
-from leantune.planner.table import plan_table
 from leantune.planner.traced import CannotTrace, Tracer, trace
 
 __all__ = [
@@ -19,10 +19,10 @@ __all__ = [
     "Memory",
     "Plan",
     "Setting",
+    "Sharing",
     "Tracer",
     "estimate",
     "parse_size",
     "plan",
-    "plan_table",
     "trace",
 ]

@@ -6,14 +6,17 @@ and the logits are there, and its end, when all gradients are. See `shapes` for 
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from transformers import PreTrainedModel
 
-from leantune.anatomy import find_groups
+from leantune.anatomy import find_groups, find_head, find_stacks
 from leantune.errors import UserError
 from leantune.planner.building import attached, base_model
 from leantune.planner.forecast import Figures, Memory
@@ -22,8 +25,8 @@ from leantune.planner.resident import saving_peak
 from leantune.planner.setting import Setting, check
 from leantune.planner.shapes import Shapes, read_shapes
 
+_FEW = 2
 _LOGIT_BYTES = 12  # float32 logits, their log-softmax, its gradient
-_SCORE_GRADIENTS = 1  # matrices of scores that unfused attention has on its way back
 
 
 def estimate(setting: Setting) -> Figures:
@@ -43,14 +46,17 @@ def estimate(setting: Setting) -> Figures:
     return Figures(
         memory=max(_moments(shapes, setting, chosen, kept), key=lambda memory: memory.total),
         saved_activation_bytes=kept + chosen * shapes.vocabulary * 4,
-        parameters=shapes.parameters,
-        trained=shapes.trained,
+        parameters=shapes.whole.parameters,
+        trained=shapes.whole.trained,
         forward_flops=forward,
         backward_flops=backward,
         engine="closed form",
         evaluation_peak=_evaluation_peak(shapes, setting) if setting.evaluates else 0,
         saving_peak=saving_peak(
-            setting, shapes.weights + shapes.scales, 2 * shapes.trained_bytes, shapes.trained_bytes
+            setting,
+            shapes.whole.weights + shapes.whole.scales,
+            2 * shapes.whole.trained_bytes,
+            shapes.whole.trained_bytes,
         ),
     )
 
@@ -59,23 +65,30 @@ def _moments(shapes: Shapes, setting: Setting, chosen: int, kept: int) -> list[M
     """Start and end of the backward pass, and the update."""
     weights, gradients, optimizer = setting.sharing.shares
     fixed: dict[str, int] = {
-        "weights": round(shapes.weights * weights),
-        "optimizer": round(2 * shapes.trained_bytes * optimizer),
+        "weights": round(shapes.whole.weights * weights),
+        "optimizer": round(2 * shapes.whole.trained_bytes * optimizer),
         "communication": setting.sharing.communication(shapes.units),
     }
-    scales = round(shapes.scales * weights)
-    whole = round(shapes.trained_bytes * gradients)
+    scales = round(shapes.whole.scales * weights)
+    whole = round(shapes.whole.trained_bytes * gradients)
     early = whole if setting.accumulates else 0
     widest = max(layer.wide for layer in shapes.layers)
     logits = chosen * shapes.vocabulary * _LOGIT_BYTES
     backwards = 2 * chosen * widest
     again = chosen * (max(layer.kept for layer in shapes.layers) + widest) if setting.checkpointing else 0
     again += _score_bytes(shapes, setting, chosen, shapes.scores) if setting.checkpointing else 0
-    copy = 0 if setting.fused or setting.device == "cpu" else shapes.trained_bytes
+    copy = 0 if setting.fused or setting.device == "cpu" else shapes.whole.trained_bytes
     inside = scales + shapes.dequantised
     return [
         Memory(gradients=early, activations=kept, logits=logits, temporary=0, quantization=scales, **fixed),
-        Memory(gradients=early, activations=kept, logits=0, temporary=again or backwards, quantization=inside, **fixed),
+        Memory(
+            gradients=early,
+            activations=kept,
+            logits=0,
+            temporary=again or backwards,
+            quantization=inside,
+            **fixed,
+        ),
         Memory(gradients=whole, activations=0, logits=0, temporary=again, quantization=inside, **fixed),
         Memory(gradients=whole, activations=0, logits=0, temporary=copy, quantization=scales, **fixed),
     ]
@@ -120,7 +133,9 @@ def _score_bytes(shapes: Shapes, setting: Setting, queries: int, matrices: float
 def _evaluation_peak(shapes: Shapes, setting: Setting) -> int:
     """A forward pass without gradient: a layer at a time, keys and values of a decoder, and the logits."""
     weights, _, optimizer = setting.sharing.shares
-    resident = (shapes.weights + shapes.scales) * weights + 2 * shapes.trained_bytes * optimizer
+    resident = (
+        shapes.whole.weights + shapes.whole.scales
+    ) * weights + 2 * shapes.whole.trained_bytes * optimizer
     tokens, size = setting.evaluation_batch * setting.length, setting.dtype.itemsize
     caches = shapes.vocabulary > 0 and getattr(setting.config.get_text_config(), "use_cache", False)
     cache = tokens * shapes.all.cache if caches else 0
@@ -137,11 +152,11 @@ def _operations(shapes: Shapes, setting: Setting, tokens: int, chosen: int) -> t
 
     Attention: two products forward, as many or more backward (fused kernels make the scores again: five).
     """
-    body, head = 2 * shapes.products, 2 * shapes.head_products
+    body, head = 2 * shapes.whole.products, 2 * shapes.head_products
     attention = 4 * setting.length * shapes.all.attention
     forward = tokens * (body + attention) + chosen * head
     forward += chosen * (body + attention) if chosen < tokens else 0
-    gradients = 2 if shapes.trained > shapes.parameters // 2 else 1
+    gradients = 2 if shapes.whole.trained > shapes.whole.parameters // 2 else 1
     again = chosen * (body + attention) if setting.checkpointing else 0
     back = 2.0 if shapes.scores else 2.5
     return forward, round(chosen * ((body + head) * gradients + back * attention)) + again
@@ -152,7 +167,7 @@ def _shapes_of(setting: Setting) -> Shapes:
     text = (
         recipe.model.model_dump_json()
         + recipe.lean.model_dump_json(exclude={"tokens"})
-        + f"{setting.stage} {setting.device} {setting.storage} "
+        + f"{setting.stage} {setting.device} {setting.storage} {recipe.lean.tokens is None} "
         + setting.config.to_json_string()
     )
     return _cached(_Key(text, setting))
@@ -171,17 +186,53 @@ class _Key:
         return isinstance(other, _Key) and self.text == other.text
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _cached(key: _Key) -> Shapes:
+    """Of a model of two layers, where all are alike: the others are two times over."""
     setting = key.setting
-    with torch.random.fork_rng(devices=[]):
-        with init_empty_weights(include_buffers=False):
-            base = base_model(setting)
-        base.tie_weights()
-        groups = find_groups(base)
-        if not groups:
-            raise UserError(f"{type(base).__name__}: no attention heads or feed-forward blocks are found in it")
-        model = attached(base, setting)
+    count = _alike(setting)
+    if count is None:
+        return _read(setting)
+    config = copy.deepcopy(setting.config)
+    config.num_hidden_layers = _FEW
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:_FEW]
+    return _read(replace(setting, config=config)).grown(count)
+
+
+def _read(setting: Setting) -> Shapes:
+    base = _on_meta(setting)
+    groups = find_groups(base)
+    if not groups:
+        raise UserError(f"{type(base).__name__}: no attention heads or feed-forward blocks are found in it")
+    model = attached(base, setting)
     if setting.storage is not None:
         stand_in(model, setting.storage, nullcontext)
     return read_shapes(model, groups, setting)
+
+
+def _on_meta(setting: Setting) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        base = base_model(setting)
+    base.tie_weights()
+    return base
+
+
+def _alike(setting: Setting) -> int | None:
+    """How many layers the model has, if they and what is done to them are alike; else None."""
+    adapter: Any = setting.recipe.lean.adapter
+    named = (getattr(adapter, "target_modules", None), getattr(adapter, "exclude_modules", None))
+    if any(any(letter.isdigit() for letter in str(name)) for name in named if name != "all-linear"):
+        return None  # single layers may be named
+    recipe = setting.recipe.model_dump_json(include={"model"})
+    return _count_alike(_Key(recipe + setting.config.to_json_string(), setting))
+
+
+@functools.lru_cache(maxsize=8)
+def _count_alike(key: _Key) -> int | None:
+    head = find_head(_on_meta(key.setting))
+    stacks = find_stacks(head)
+    shapes = {tuple(p.shape for p in layer.parameters()) for stack in stacks for layer in stack.layers}
+    count = getattr(head.config.get_text_config(), "num_hidden_layers", None)
+    plain = len(stacks) == 1 and len(shapes) == 1 and len(stacks[0].layers) == count
+    return count if plain and count > _FEW else None

@@ -87,8 +87,10 @@ class Forecast:
         train: The main stage at its start; None where the method does not work on the model.
         estimate: The masked first stage of a pruned run.
         frozen: After LaMDA froze all of B.
-        evaluation_peak: Bytes at the peak of an evaluation batch; None where not asked for.
+        step_seconds: Of an optimizer step of the main stage, as far as arithmetic decides it; None: not known.
         refused: Why the method does not work on the model, in one line.
+        note: What else there is to say, in one line.
+        trainable: Whether this release can train it.
     """
 
     name: str
@@ -97,14 +99,28 @@ class Forecast:
     train: Figures | None = None
     estimate: Figures | None = None
     frozen: Figures | None = None
-    evaluation_peak: int | None = None
+    step_seconds: float | None = None
     refused: str | None = None
+    note: str | None = None
+    trainable: bool = True
+
+    @property
+    def largest(self) -> Figures | None:
+        """The stage with the highest peak of training."""
+        stages = [stage for stage in (self.train, self.estimate) if stage is not None]
+        return max(stages, key=lambda figures: figures.peak, default=None)
 
     @property
     def peak(self) -> int | None:
         """Bytes at the peak of the whole run's training: the larger of its stages."""
-        stages = [stage.peak for stage in (self.train, self.estimate) if stage is not None]
-        return max(stages, default=None)
+        return None if self.largest is None else self.largest.peak
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes at the peak of the whole run: of training, evaluation and saving."""
+        if self.largest is None or self.train is None:
+            return None
+        return max(self.largest.peak, self.train.evaluation_peak, self.train.saving_peak)
 
     @property
     def trained_at_end(self) -> int | None:
@@ -119,4 +135,4 @@ class Forecast:
             figures = getattr(self, stage)
             if figures is not None:
                 data[stage]["memory"]["total"] = figures.peak
-        return data | {"peak": self.peak, "trained_at_end": self.trained_at_end}
+        return data | {"peak": self.peak, "needed": self.needed, "trained_at_end": self.trained_at_end}

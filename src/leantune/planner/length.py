@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from leantune.errors import UserError
+from leantune.planner.known import is_shape
 from leantune.recipes import Recipe
 from leantune.run.data import open_splits
 from leantune.run.models import load_tokenizer, resolve
@@ -27,11 +28,13 @@ class Length:
         tokens: How many.
         why: Where the number comes from, for a person.
         padded: Whether the rows of a batch have different lengths.
+        evaluates: Whether there is a split to evaluate on; where the data were not opened, yes.
     """
 
     tokens: int
     why: str
     padded: bool
+    evaluates: bool = True
 
 
 def find_length(recipe: Recipe, config: PretrainedConfig) -> Length:
@@ -44,7 +47,8 @@ def find_length(recipe: Recipe, config: PretrainedConfig) -> Length:
     """
     packed = recipe.model.task == "causal-lm" and recipe.data.pack
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not (Path(recipe.data.path).expanduser().exists() and Path(resolve(recipe.model.path)).is_dir()):
+    here = Path(recipe.data.path).expanduser().exists() and not is_shape(recipe.model.path)
+    if not (here and Path(resolve(recipe.model.path)).is_dir()):
         return _by_limit(recipe, limit, packed)
     try:
         tokenizer = load_tokenizer(recipe.model)
@@ -59,7 +63,12 @@ def find_length(recipe: Recipe, config: PretrainedConfig) -> Length:
     rows = task.encode(_longest_rows(splits["train"]), tokenizer, longest, "the train split")
     tokens = max(len(ids) for ids in rows["input_ids"])
     why = "data.max_length" if tokens == longest else "the longest row of the data"
-    return Length(tokens, why, padded=not (packed and tokens == longest))
+    return Length(tokens, why, not (packed and tokens == longest), len(splits) > 1)
+
+
+def given_length(recipe: Recipe, tokens: int) -> Length:
+    """A length that was asked for."""
+    return Length(tokens, "as given", not (recipe.model.task == "causal-lm" and recipe.data.pack))
 
 
 def _by_limit(recipe: Recipe, limit: int | None, packed: bool) -> Length:

@@ -46,9 +46,7 @@ class Bytes:
     read: int
 
 
-def storage_bytes(
-    weight: Tensor, storage: Storage, dtype: torch.dtype, double: bool = True
-) -> Bytes:
+def storage_bytes(weight: Tensor, storage: Storage, dtype: torch.dtype, double: bool = True) -> Bytes:
     """Bytes of a weight, stored quantised.
 
     Args:
@@ -173,14 +171,18 @@ def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
         options: dict[str, Any] = {"bias": kept.bias is not None}
         if storage == "nf4":
             new = bnb.nn.Linear4bit(
-                kept.in_features, kept.out_features, quant_type="nf4", compute_dtype=kept.weight.dtype, **options
+                kept.in_features,
+                kept.out_features,
+                quant_type="nf4",
+                compute_dtype=kept.weight.dtype,
+                **options,
             )
-            new.weight = bnb.nn.Params4bit(kept.weight.data, requires_grad=False, quant_type="nf4", module=new)
+            new.weight = bnb.nn.Params4bit(
+                kept.weight.data, requires_grad=False, quant_type="nf4", module=new
+            )
             new.support_avx512bf16_for_cpu = False  # it would cut the gradient (HOSTS: quantised bases)
         else:
-            new = bnb.nn.Linear8bitLt(
-                kept.in_features, kept.out_features, has_fp16_weights=False, **options
-            )
+            new = bnb.nn.Linear8bitLt(kept.in_features, kept.out_features, has_fp16_weights=False, **options)
             new.weight = bnb.nn.Int8Params(kept.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = kept.bias
         setattr(owner, name, new.to("cpu"))

@@ -1,22 +1,42 @@
-"""The rows of a plan: the recipe itself and what might stand in its place, as changes to the recipe."""
+"""The rows of a plan: the recipe itself and what might stand in its place, as changes to the recipe.
+
+A row's name is a method's, as `leantune compare` knows them, with what is varied beside it: `tokentune 10 %`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from leantune.comparison.methods import changes as method_changes
+from leantune.comparison.methods import parse_methods
+from leantune.planner.quantized import Storage
 from leantune.planner.setting import is_checkpointed
 from leantune.recipes import Recipe
 from leantune.recipes.schema import USUAL_LEARNING_RATE
 
 Changes = dict[str, Any]
-
-LORA: Changes = {"type": "lora", "r": 8}
-LAMDA: Changes = {"type": "lamda", "r": 32}
-THIRD: Changes = {"heads": "1/3", "neurons": "1/3"}
 SHARES = (0.5, 0.25, 0.1)
-_CHECKPOINTING = "train.gradient_checkpointing"
-_NAMES = {"lora": "LoRA", "lamda": "LaMDA", "bottleneck": "Adapter", "none": "full"}
+RATIOS = ("1/3", "1/2")
+CHECKPOINTING = "train.gradient_checkpointing"
+QUANTIZE = "lean.quantize"
+# (method, what is varied in it); a checkpointed variant is left out where the recipe has checkpointing.
+DEFAULT: tuple[tuple[str, Changes], ...] = (
+    ("full", {}),
+    ("full+ckpt", {}),
+    ("lora", {}),
+    ("lora+ckpt", {}),
+    ("qlora", {}),
+    ("qlora+ckpt", {}),
+    ("lamda", {}),
+    ("lamda+ckpt", {}),
+    *(("tokentune", {"tokens": {"keep": share}}) for share in SHARES),
+    *(("light-peft", {"prune": {"heads": ratio, "neurons": ratio}}) for ratio in RATIOS),
+    ("lean", {}),
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +47,13 @@ class Row:
         name: For the table.
         recipe: What is forecast.
         changes: Dotted key → value, against the recipe that the plan is for; empty for that recipe itself.
+        quantize: How the base is stored, where the schema has no word for it: then it is a forecast only.
     """
 
     name: str
     recipe: Recipe
     changes: Changes
+    quantize: Storage | None = None
 
 
 def own_row(recipe: Recipe) -> Row:
@@ -39,31 +61,54 @@ def own_row(recipe: Recipe) -> Row:
     return Row(describe(recipe), recipe, {})
 
 
-def alternatives(recipe: Recipe) -> list[Row]:
+def alternatives(recipe: Recipe, methods: Sequence[str] | None = None) -> list[Row]:
     """What else could be done with the same model and data; without the recipe itself.
 
-    Token selection is shown on top of the recipe's own adapter.
+    Args:
+        recipe: Whose own settings hold where they are of the same kind.
+        methods: Names as of `leantune compare`, and `qlora`; None: a usual choice.
+
+    Raises:
+        UserError: A name is unknown.
     """
-    adapter = recipe.lean.adapter.model_dump()
-    changes = [
-        *(_lean(kind, checkpointing=on) for kind in ({"type": "none"}, LORA, LAMDA) for on in (False, True)),
-        *(_lean(adapter, keep=share, checkpointing=is_checkpointed(recipe)) for share in SHARES),
-        _lean(LORA, prune=THIRD),
-        _lean(LAMDA, prune=THIRD, keep=0.25),
-    ]
-    rows = [changed(recipe, change) for change in changes]
-    return [row for row in rows if not _same(row.recipe, recipe)]
+    if methods is None:
+        wanted = [(n, c) for n, c in DEFAULT if not (n.endswith("+ckpt") and is_checkpointed(recipe))]
+    else:
+        parse_methods([_plain(name) for name in methods])
+        wanted = [(name, {}) for name in methods if name != "recipe"]
+    rows = [_row(recipe, name, varied) for name, varied in wanted]
+    return [row for row in rows if row.quantize or not same(row.recipe, recipe)]
 
 
-def _lean(
-    adapter: Changes, prune: Changes | None = None, keep: float | None = None, checkpointing: bool = False
-) -> Changes:
-    return {
-        "lean.adapter": adapter,
-        "lean.prune": prune,
-        "lean.tokens": None if keep is None else {"keep": keep},
-        _CHECKPOINTING: checkpointing,
-    }
+def _plain(name: str) -> str:
+    """`qlora` is LoRA on a quantised base."""
+    return "+".join("lora" if part == "qlora" else part for part in name.split("+"))
+
+
+def _row(recipe: Recipe, name: str, varied: Changes) -> Row:
+    lean, train = method_changes(_plain(name), recipe)
+    for key, settings in varied.items():
+        lean[key] = (lean.get(key) or {}) | settings
+    changes: Changes = {f"lean.{key}": lean.get(key) for key in ("adapter", "prune", "tokens")}
+    changes |= {f"train.{key}": value for key, value in train.items()}
+    label = name + "".join(f" {_label(settings)}" for settings in varied.values())
+    if "qlora" not in name.split("+"):
+        return changed(recipe, changes | {QUANTIZE: None}, label)
+    try:
+        return changed(recipe, changes | {QUANTIZE: "nf4"}, label)
+    except ValidationError:  # a release that cannot train it
+        row = changed(recipe, changes, label)
+        return Row(row.name, row.recipe, row.changes | {QUANTIZE: "nf4"}, quantize="nf4")
+
+
+def _label(settings: Changes) -> str:
+    if "keep" in settings:
+        return _percent(settings["keep"])
+    return str(settings["heads"])
+
+
+def _percent(keep: float) -> str:
+    return f"{100 * keep:g} %" if isinstance(keep, float) else f"{keep} tokens"
 
 
 def changed(recipe: Recipe, changes: Changes, name: str | None = None) -> Row:
@@ -73,6 +118,9 @@ def changed(recipe: Recipe, changes: Changes, name: str | None = None) -> Row:
         recipe: To start from.
         changes: Dotted key → value.
         name: Default: says what the method is.
+
+    Raises:
+        ValidationError: The schema does not accept it.
     """
     data = recipe.to_dict()
     if recipe.train.learning_rate == USUAL_LEARNING_RATE[recipe.lean.adapter.type]:
@@ -101,27 +149,18 @@ def _differences(recipe: Recipe, changes: Changes) -> Changes:
     return result
 
 
-def _same(one: Recipe, other: Recipe) -> bool:
+def same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes train in the same way."""
     return one.lean == other.lean and is_checkpointed(one) == is_checkpointed(other)
 
 
 def describe(recipe: Recipe) -> str:
-    """The method in a few words: `LoRA r 8 + TokenTune 25 % + checkpointing`."""
-    lean, adapter = recipe.lean, recipe.lean.adapter
-    first = _NAMES[adapter.type] + ("" if adapter.type == "none" else f" r {adapter.r}")
-    if lean.prune is not None and lean.tokens is not None and adapter.type == "lamda":
-        parts = [f"lean: {first}"]
-    else:
-        parts = [first]
-    if lean.prune is not None:
-        parts.append(f"Light-PEFT {_share(lean.prune.heads)}, {_share(lean.prune.neurons)}")
-    if lean.tokens is not None:
-        keep = lean.tokens.keep
-        parts.append(f"TokenTune {f'{keep:.0%}'.replace('%', ' %') if isinstance(keep, float) else keep}")
+    """The recipe's method, as `leantune compare` would name it, with what it keeps."""
+    parts = recipe.method.split("+")
+    if recipe.lean.tokens is not None:
+        parts[parts.index("tokentune")] += f" {_percent(recipe.lean.tokens.keep)}"
+    if recipe.lean.quantize is not None:
+        parts[0] = f"q{parts[0]}"
     if is_checkpointed(recipe):
-        parts.append("checkpointing")
-    return " + ".join(parts)
-
-
-def _share(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+        parts.append("ckpt")
+    return "+".join(parts)

@@ -127,11 +127,15 @@ def check(setting: Setting) -> None:
     if setting.storage is not None and setting.storage not in STORAGES:
         raise UserError(f"lean.quantize = {setting.storage!r}: a plan is made for {', '.join(STORAGES)}")
     if setting.storage is not None and recipe.lean.adapter.type == "none":
-        raise UserError(f"lean.quantize = {setting.storage!r}: quantised weights cannot be trained; set an adapter")
+        raise UserError(
+            f"lean.quantize = {setting.storage!r}: quantised weights cannot be trained; set an adapter"
+        )
     optimizer = arguments(recipe).get("optim", OPTIMIZERS[0])
     if optimizer not in OPTIMIZERS:
         raise UserError(f"train.optim = {optimizer!r}: a plan is made for {' or '.join(OPTIMIZERS)}")
     text = config.get_text_config()
-    missing = [name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(text, name, None), int)]
+    missing = [
+        name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(text, name, None), int)
+    ]
     if missing:
         raise UserError(f"model.path = {recipe.model.path!r}: its config names no {' and no '.join(missing)}")

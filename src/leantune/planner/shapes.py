@@ -13,7 +13,7 @@ Per token (h hidden size, q width of all heads together, f width of the feed-for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,44 +48,74 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What the formulas need to know of a model with its methods.
+class Totals:
+    """Sums over a model or a part of it.
 
     Attributes:
         weights: Bytes of parameters and buffers, quantised ones as they are stored.
         scales: Bytes of quantised weights' scales.
-        dequantised: Bytes of the largest quantised weight when it is used.
-        units: What processes exchange, if they share the model.
         trained_bytes: Of trained parameters.
         parameters, trained: Numbers of them.
+        products: Weights of linear maps: multiply-adds a token.
+    """
+
+    weights: int
+    scales: int
+    trained_bytes: int
+    parameters: int
+    trained: int
+    products: int
+
+    def and_more(self, part: Totals, times: float) -> Totals:
+        """With a part so many times more."""
+        names = [f.name for f in fields(self)]
+        return Totals(*(round(getattr(self, n) + times * getattr(part, n)) for n in names))
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the formulas need to know of a model with its methods.
+
+    Attributes:
+        whole: Sums over the model; `products` of the layers alone.
+        inside: Sums over the layers.
+        dequantised: Bytes of the largest quantised weight when it is used.
+        units: What processes exchange, if they share the model.
         hidden: Bytes a token of what one layer hands to the next.
         outside: Bytes a token that is kept outside the layers: embeddings' norm and dropout.
         layers: In order.
         scores: Matrices of scores that attention keeps; 0 where it is fused.
         vocabulary: Of a head over all tokens, else 0.
-        products: Weights of the layers' linear maps: multiply-adds a token.
-        head_products: Of the output head.
+        head_products: Multiply-adds a token of the output head.
     """
 
-    weights: int
-    scales: int
+    whole: Totals
+    inside: Totals
     dequantised: int
     units: Units
-    trained_bytes: int
-    parameters: int
-    trained: int
     hidden: int
     outside: int
     layers: tuple[Layer, ...]
     scores: float
     vocabulary: int
-    products: int
     head_products: int
 
     @property
     def all(self) -> Layer:
         """All layers together."""
         return sum(self.layers, Layer())
+
+    def grown(self, count: int) -> Shapes:
+        """Of the same model with so many layers like these."""
+        times = count / len(self.layers) - 1
+        trained = self.units.trained + round(times * self.inside.trained_bytes)
+        return replace(
+            self,
+            whole=self.whole.and_more(self.inside, times),
+            inside=self.inside.and_more(self.inside, times),
+            units=replace(self.units, trained=trained),
+            layers=tuple(self.layers[number % len(self.layers)] for number in range(count)),
+        )
 
 
 def read_shapes(model: nn.Module, groups: tuple[Group, ...], setting: Setting) -> Shapes:
@@ -103,25 +133,35 @@ def read_shapes(model: nn.Module, groups: tuple[Group, ...], setting: Setting) -
     read = [_plain(layer, hidden, setting, projections) for layer in layers]
     for group in groups:
         read[group.layer] += _of_group(head, group, setting)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    scales = [b for name, b in model.named_buffers() if ".scale_" in name]
     quantised = [m for m in model.modules() if isinstance(m, QuantizedStandIn)]
     vocabulary = text.vocab_size if setting.recipe.model.task == "causal-lm" else 0
     return Shapes(
-        weights=weight_bytes((*model.parameters(), *model.buffers())) - weight_bytes(scales),
-        scales=weight_bytes(scales),
+        whole=_totals([model], layers),
+        inside=_totals(layers, layers),
         dequantised=max((m.in_features * m.out_features * size for m in quantised), default=0),
         units=units_of(model),
-        trained_bytes=weight_bytes(trained),
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in trained),
         hidden=hidden * size,
         outside=_outside(head, hidden, setting),
         layers=tuple(read),
         scores=_scores(head, setting),
         vocabulary=vocabulary,
-        products=sum(_products(layer) for layer in layers),
         head_products=vocabulary * hidden,
+    )
+
+
+def _totals(parts: list[nn.Module], layers: list[nn.Module]) -> Totals:
+    parameters = [p for part in parts for p in part.parameters()]
+    buffers = [b for part in parts for b in part.buffers()]
+    trained = [p for p in parameters if p.requires_grad]
+    named = [pair for part in parts for pair in part.named_buffers()]
+    scales = weight_bytes(b for name, b in named if ".scale_" in name)
+    return Totals(
+        weights=weight_bytes((*parameters, *buffers)) - scales,
+        scales=scales,
+        trained_bytes=weight_bytes(trained),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        products=sum(_products(layer) for layer in layers),
     )
 
 
@@ -136,7 +176,9 @@ def _products(layer: nn.Module) -> int:
 def _scores(head: nn.Module, setting: Setting) -> float:
     """Matrices of scores that attention keeps: softmaxed, dropped out, with the dropout's own mask."""
     if any(is_disentangled(m) for m in head.modules()):
-        return 3.25 if setting.recipe.lean.tokens is None else 5.25  # ours, for chosen queries, keeps two more
+        return (
+            3.25 if setting.recipe.lean.tokens is None else 5.25
+        )  # ours, for chosen queries, keeps two more
     return 0 if _is_fused(head, setting) else 3
 
 

@@ -61,9 +61,7 @@ class Sharing:
     @property
     def shares(self) -> tuple[float, float, float]:
         """What one process holds of weights, gradients and optimizer state."""
-        weights, gradients, optimizer = (
-            1 / self.gpus if split else 1.0 for split in _SPLIT[self.strategy]
-        )
+        weights, gradients, optimizer = (1 / self.gpus if split else 1.0 for split in _SPLIT[self.strategy])
         return weights, gradients, optimizer
 
     def communication(self, units: Units) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import box
@@ -10,123 +10,182 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from leantune.planner.advice import Advice
 from leantune.planner.forecast import Figures, Forecast
 from leantune.planner.planning import Plan
-from leantune.report.formats import MISSING, format_bytes, format_count
+from leantune.report.formats import MISSING, format_bytes, format_count, format_seconds
 
-_NARROW = 112  # columns of a terminal that has no room for the whole split
 _LARGE = 4 << 30  # from this peak on, sizes are in GiB
+_GAP = 2  # columns of a terminal between two columns of the table
+_NARROW = 100  # below this the parts of the peak are joined
 
 # Column → parts of the peak that are added up in it.
-_SPLIT: dict[str, tuple[str, ...]] = {
+_PARTS: dict[str, tuple[str, ...]] = {
     "Weights": ("weights",),
     "Grads": ("gradients",),
     "Optim": ("optimizer",),
     "Activ": ("activations",),
     "Logits": ("logits",),
     "Temp": ("temporary",),
+    "Quant": ("quantization",),
+    "Comm": ("communication",),
 }
 _JOINED: dict[str, tuple[str, ...]] = {
-    "Weights": ("weights",),
-    "Grads+optim": ("gradients", "optimizer"),
+    "Weights": ("weights", "quantization"),
+    "Gr+opt": ("gradients", "optimizer"),
     "Activ": ("activations",),
-    "Other": ("logits", "temporary"),
+    "Other": ("logits", "temporary", "communication"),
 }
+# What goes first where the terminal is too narrow for all.
+_DISPENSABLE = ("FLOPs", "Save", "Trained", "Comm", "Quant")
+_Column = tuple[str, Callable[[Forecast, Figures], str]]
 
 
-def plan_table(plan: Plan, width: int = _NARROW) -> RenderableType:
+def plan_table(plan: Plan, width: int = 80) -> RenderableType:
     """Methods down, the split of the peak across; the recipe's own row is marked, what fits is ticked.
 
     Args:
         plan: What to show.
         width: Columns of the terminal.
     """
-    split = _SPLIT if width >= _NARROW else _JOINED
     unit = "GiB" if max((row.peak or 0 for row in plan.rows), default=0) >= _LARGE else "MiB"
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    columns = _columns(plan, width, unit)
+    table = _new_table()
     table.add_column("", no_wrap=True)
-    table.add_column("Method", overflow="fold")
-    last = ("Saved", "Trained", "FLOPs") if split is _SPLIT else ("Trained",)
-    for column in ("Peak", *split, *last):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("Method", no_wrap=True)
+    for name, _ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        _add(table, row, plan.memory, split, unit, last)
+        figures = row.largest
+        cells = [MISSING] if figures is None else [show(row, figures) for _, show in columns]
+        table.add_row(_mark(plan, row), Text(row.name), *cells, style="bold" if row.own else "")
     notes = [Text(line, style="dim") for line in _notes(plan, unit)]
-    return Group(Text(_title(plan), style="bold"), table, *notes)
+    advice = [] if plan.advice is None else _advice(plan, plan.advice)
+    return Group(Text(_title(plan), style="bold"), "", table, "", *notes, *advice)
+
+
+def _new_table() -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
 
 
 def _title(plan: Plan) -> str:
-    rows = f"{plan.batch} rows of {plan.length.tokens:,} tokens ({plan.length.why})"
-    return f"{plan.model}: memory of a training step, {rows}"
+    rows = f"{plan.batch} × {plan.length.tokens:,} tokens ({plan.length.why})"
+    shared = (
+        "" if plan.sharing.gpus == 1 else f", on each of {plan.sharing.gpus} GPUs ({plan.sharing.strategy})"
+    )
+    return f"{plan.model}: peak memory of training, {rows}{shared}"
 
 
-def _add(
-    table: Table, row: Forecast, memory: int | None, split: dict[str, tuple[str, ...]], unit: str, last: Any
-) -> None:
-    mark = Text("▸" if row.own else "")
-    if memory is not None and row.peak is not None:
-        mark += Text("✓", style="green") if row.peak <= memory else Text("✗", style="red")
-    style = "bold" if row.own else ""
-    if row.train is None:
-        table.add_row(mark, Text(row.name), MISSING)
-        return
-    shown = max((s for s in (row.train, row.estimate) if s is not None), key=lambda figures: figures.peak)
-    sums = [sum(getattr(shown.memory, part) for part in parts) for parts in split.values()]
-    sizes = [_size(value, unit) for value in (shown.peak, *sums)]
-    ends = {"Saved": _size(shown.saved_activation_bytes, unit), "Trained": _trained(shown, row)}
-    ends["FLOPs"] = _operations(row.train)
-    table.add_row(mark, Text(row.name), *sizes, *(ends[name] for name in last), style=style)
+def _mark(plan: Plan, row: Forecast) -> Text:
+    mark = Text("▸" if row.own else " ")
+    if plan.memory is not None and row.needed is not None:
+        fits = row.needed <= plan.memory - plan.reserve
+        mark += Text("✓", style="green") if fits else Text("✗", style="red")
+    return mark
 
 
-def _size(value: int, unit: str) -> str:
-    return f"{value / 2**30:,.2f}" if unit == "GiB" else f"{value / 2**20:,.1f}"
+def _columns(plan: Plan, width: int, unit: str) -> list[_Column]:
+    """As many columns as there is room for."""
+
+    def size(value: int) -> str:
+        return f"{value / 2**30:,.2f}" if unit == "GiB" else f"{value / 2**20:,.0f}"
+
+    def part(names: tuple[str, ...]) -> Callable[[Forecast, Figures], str]:
+        return lambda row, figures: size(sum(getattr(figures.memory, name) for name in names))
+
+    def peak(row: Forecast, figures: Figures) -> str:
+        return ("≈" if figures.engine == "closed form" else "") + size(figures.peak)
+
+    parts = _JOINED if width < _NARROW else _used_parts(plan)
+    columns: list[_Column] = [("Peak", peak), *((name, part(names)) for name, names in parts.items())]
+    columns += [
+        ("Eval", lambda row, figures: size(row.train.evaluation_peak) if row.train else MISSING),
+        ("Save", lambda row, figures: size(row.train.saving_peak) if row.train else MISSING),
+        ("Trained", lambda row, figures: format_count(figures.trained)),
+        ("FLOPs", lambda row, figures: format_count(row.train.flops) if row.train else MISSING),
+        ("Step", lambda row, figures: format_seconds(row.step_seconds)),
+    ]
+    known = [(row, row.largest) for row in plan.rows if row.largest is not None]
+    taken = {
+        name: _GAP + max(len(name), *(len(show(row, figures)) for row, figures in known))
+        for name, show in columns
+    }
+    first = 4 + _GAP + max(len(row.name) for row in plan.rows)
+    dispensable = [name for name in _DISPENSABLE if name in taken]
+    while first + sum(taken.values()) > width and dispensable:
+        taken.pop(dispensable.pop(0))
+    return [(name, show) for name, show in columns if name in taken]
 
 
-def _trained(shown: Figures, row: Forecast) -> str:
-    start, end = format_count(shown.trained), format_count(row.trained_at_end)
-    return start if start == end else f"{start} → {end}"
-
-
-def _operations(figures: Figures) -> str:
-    if figures.forward_flops is None or figures.backward_flops is None:
-        return MISSING
-    return format_count(figures.forward_flops + figures.backward_flops)
+def _used_parts(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """All parts but those that nobody has."""
+    seldom = {"Logits": "logits", "Quant": "quantization", "Comm": "communication"}
+    figures = [row.largest for row in plan.rows if row.largest is not None]
+    unused = {name for name, part in seldom.items() if not any(getattr(f.memory, part) for f in figures)}
+    return {name: parts for name, parts in _PARTS.items() if name not in unused}
 
 
 def _notes(plan: Plan, unit: str) -> Iterator[str]:
     for row in plan.rows:
-        if row.refused is not None:
-            yield f"{row.name}: {row.refused}"
-        if row.estimate is not None and row.train is not None:
-            after = format_bytes(row.train.peak)
-            yield f"{row.name}: the peak is that of its first stage; {after} once heads and neurons are cut"
-        if row.train is not None and row.train.engine == "closed form":
-            yield f"{row.name}: by the closed form (within about 10 %, at worst 20 %)"
-    yield f"{unit}, split at the moment of the peak. Saved: kept from forward to backward. ▸ the recipe."
-    if plan.memory is not None:
-        yield from _advice(plan)
+        said = row.refused or row.note
+        if said is not None:
+            yield f"{row.name}: {said}"
+        if not row.trainable:
+            yield f"{row.name}: a forecast only, this release cannot train it"
+    pruned = next((row for row in plan.rows if row.estimate is not None and row.train is not None), None)
+    if pruned is not None and pruned.train is not None:
+        after = format_bytes(pruned.train.peak)
+        yield f"{pruned.name}: the peak of its first stage; {after} once heads and neurons are cut"
+    if any(row.largest is not None and row.largest.engine == "closed form" for row in plan.rows):
+        yield "≈ by the closed form: median error 4 %, worst 20 %; --trace runs every model's code instead"
+    yield f"{unit}, split at the moment of the peak. ▸ the recipe. Step on {plan.device.basis}."
 
 
-def _advice(plan: Plan) -> Iterator[str]:
-    limit = format_bytes(plan.memory)
-    own, fitting = plan.rows[0], plan.fitting
-    if not fitting:
-        yield f"Nothing of this fits in {limit}."
-        return
-    if own in fitting:
-        yield f"The recipe fits in {limit}."
+def _advice(plan: Plan, advice: Advice) -> list[RenderableType]:
+    limit, reserve = format_bytes(plan.memory), format_bytes(plan.reserve)
+    why = "CUDA's context: an assumption" if plan.device.kind == "cuda" else "interpreter and libraries"
+    lines: list[RenderableType] = [
+        Text(f"\n{limit}, of which {reserve} are not for tensors ({why}).", style="bold")
+    ]
+    best = advice.best
+    if best is None:
+        return [*lines, Text("Nothing of this fits, with batches of one row and checkpointing neither.")]
+    own = plan.rows[0]
+    if not best.changes:
+        lines.append(Text("The recipe fits."))
     else:
-        first = fitting[0]
-        changes = " ".join(f"{key}={_typed(value)}" for key, value in first.changes.items())
-        yield f"The recipe does not fit in {limit}. The cheapest change that makes it fit: {changes}"
-    for number, row in enumerate(fitting, 1):
-        largest = (plan.largest_batch or {}).get(row.name)
-        most = "" if largest is None else f", largest batch about {largest}"
-        yield f"{number}. {row.name}: {format_bytes(row.peak)}{most}"
+        fits_training = own.peak is not None and own.peak <= (plan.memory or 0) - plan.reserve
+        where = " (its evaluation does not)" if fits_training else ""
+        lines.append(Text(f"The recipe does not fit{where}. The least change that makes it fit:"))
+        lines.append(Text(f"  {typed_changes(best.changes)}", style="green"))
+    return [*lines, "", _fitting_table(advice)]
+
+
+def _fitting_table(advice: Advice) -> Table:
+    """Ranked: what fits, and how far it could go."""
+    table = _new_table()
+    for name in ("", "What fits", "Needs", "Step", "Largest batch", "or longest row"):
+        table.add_column(name, justify="left" if name in ("", "What fits") else "right", no_wrap=True)
+    for number, row in enumerate(advice.fitting, 1):
+        room = advice.room[row.name]
+        sizes = (
+            format_bytes(row.needed),
+            format_seconds(row.step_seconds),
+            f"{room.batch:,}",
+            f"{room.length:,}",
+        )
+        table.add_row(str(number), Text(row.name), *sizes)
+    return table
+
+
+def typed_changes(changes: dict[str, Any]) -> str:
+    """As they are typed after a recipe on the command line."""
+    return " ".join(f"{key}={_typed(value)}" for key, value in changes.items())
 
 
 def _typed(value: object) -> str:
-    """A value as it is typed in `key=value` on a command line."""
     if isinstance(value, dict):
         inner = ", ".join(f"{key}: {_typed(each)}" for key, each in value.items() if each is not None)
         return f"'{{{inner}}}'"

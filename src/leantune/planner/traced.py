@@ -171,9 +171,7 @@ def _evaluation_peak(step: Step, setting: Setting, tracker: Tracker, known: _Kno
     return tracker.peak(start, None, known.share(setting.sharing))[0]
 
 
-def _split(
-    tracker: Tracker, span: tuple[int, int], known: _Known, saved: Saved, sharing: Sharing
-) -> Memory:
+def _split(tracker: Tracker, span: tuple[int, int], known: _Known, saved: Saved, sharing: Sharing) -> Memory:
     """Sort what is alive at the step's peak."""
     share = known.share(sharing)
     _, alive = tracker.peak(*span, share)

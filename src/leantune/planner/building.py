@@ -1,6 +1,6 @@
 """From a config to the model that a recipe trains: without weights, or (to check that) with random ones.
 
-    config → model on meta → heads and neurons cut → adapter → quantised → fake tensors → token selection, masks
+    config → model on meta → units cut → adapter → quantised → fake tensors → token selection, masks
 
 PEFT cannot be attached to fake tensors, so the adapter comes before; token selection runs the model once, so
 it comes after.

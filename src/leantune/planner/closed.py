@@ -233,6 +233,6 @@ def _count_alike(key: _Key) -> int | None:
     head = find_head(_on_meta(key.setting))
     stacks = find_stacks(head)
     shapes = {tuple(p.shape for p in layer.parameters()) for stack in stacks for layer in stack.layers}
-    count = getattr(head.config.get_text_config(), "num_hidden_layers", None)
+    count: Any = getattr(head.config.get_text_config(), "num_hidden_layers", None)
     plain = len(stacks) == 1 and len(shapes) == 1 and len(stacks[0].layers) == count
     return count if plain and count > _FEW else None

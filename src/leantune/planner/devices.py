@@ -84,9 +84,9 @@ def find_device(name: str | None, measure: bool = True) -> Device:
         UserError: There is no such device.
     """
     if name in GPUS:
-        half, single, memory = GPUS[name]
+        half, single, mebibytes = GPUS[name]
         rates = (half * _TERA * UTILISATION, single * _TERA * UTILISATION)
-        return Device(name, "cuda", memory * _MIB, *rates)
+        return Device(name, "cuda", mebibytes * _MIB, *rates)
     if name is not None and name not in HERE:
         accepted = [*HERE, *GPUS]
         near = difflib.get_close_matches(name, accepted, n=1)

@@ -87,7 +87,7 @@ class Forecast:
         train: The main stage at its start; None where the method does not work on the model.
         estimate: The masked first stage of a pruned run.
         frozen: After LaMDA froze all of B.
-        step_seconds: Of an optimizer step of the main stage, as far as arithmetic decides it; None: not known.
+        step_seconds: Of an optimizer step of the main stage, by its arithmetic; None: not known.
         refused: Why the method does not work on the model, in one line.
         note: What else there is to say, in one line.
         trainable: Whether this release can train it.

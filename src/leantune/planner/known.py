@@ -34,9 +34,9 @@ def _encoder(kind: str, vocabulary: int, h: int, layers: int, n: int = 512, **mo
 
 def _opt(h: int, layers: int, heads: int) -> Any:
     return {
-        "model_type": "opt", "vocab_size": 50272, "hidden_size": h, "word_embed_proj_dim": h, "ffn_dim": 4 * h,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048,
-        "dtype": "float16",
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": h, "word_embed_proj_dim": h,
+        "ffn_dim": 4 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "max_position_embeddings": 2048, "dtype": "float16",
     }  # fmt: skip
 
 
@@ -46,8 +46,9 @@ def _gpt2(h: int, layers: int, heads: int) -> Any:
 
 _ROBERTA: dict[str, Any] = {"type_vocab_size": 1, "pad_token_id": 1}
 _DEBERTA: dict[str, Any] = {
-    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256, "max_relative_positions": -1,
-    "norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0,
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256,
+    "max_relative_positions": -1, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
 _TIED: dict[str, Any] = {"tie_word_embeddings": True}
 # As their makers' config.json has them; what does not concern memory is left out.

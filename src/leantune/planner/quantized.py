@@ -91,9 +91,10 @@ def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     whole = {id(m) for w in model.modules() if isinstance(w, ModulesToSaveWrapper) for m in w.modules()}
     for owner in list(_below(head).modules()):
         for name, module in list(owner.named_children()):
-            if isinstance(module, nn.Linear | Conv1D) and module is not outputs and id(module) not in whole:
-                if not any(p.requires_grad for p in module.parameters()) and not _is_adapter(owner):
-                    yield owner, name, module
+            is_linear = isinstance(module, nn.Linear | Conv1D) and not _is_adapter(owner)
+            stays = module is outputs or id(module) in whole
+            if is_linear and not stays and not any(p.requires_grad for p in module.parameters()):
+                yield owner, name, module
 
 
 def _below(head: PreTrainedModel) -> nn.Module:

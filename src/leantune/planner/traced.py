@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -18,10 +17,10 @@ from leantune.anatomy import find_head
 from leantune.errors import UserError
 from leantune.planner.building import build_fake, undisturbed
 from leantune.planner.forecast import Figures, Memory
+from leantune.planner.resident import saving_peak, units_of, weight_bytes
 from leantune.planner.setting import Setting, check
 from leantune.planner.sharing import Sharing
-from leantune.planner.resident import saving_peak, units_of
-from leantune.planner.step import Saved, Step, kernels, make_batch, make_optimizer
+from leantune.planner.step import Saved, Step, make_batch, make_optimizer
 from leantune.planner.tracker import Tracker, UnanswerableError
 from leantune.tokentune.attach import tuner_of
 
@@ -155,8 +154,9 @@ def _traced(model: nn.Module, setting: Setting, tracker: Tracker) -> Figures:
         evaluation_peak=evaluation,
         saving_peak=saving_peak(
             setting,
-            *(sum(sizes[key] for key in keys) for keys in (weights | scales, state)),
-            sum(p.numel() * p.element_size() for p in trained),
+            weights=sum(sizes[key] for key in weights | scales),
+            optimizer=sum(sizes[key] for key in state),
+            trained=weight_bytes(trained),
         ),
     )
 

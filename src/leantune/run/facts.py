@@ -76,6 +76,8 @@ def collect_metrics(
             "saved_activation_bytes": facts["saved_activation_bytes"],
             "peak_bytes": peak.bytes,
             "peak_kind": peak.kind,
+            "forecast_peak_bytes": facts.get("forecast"),
+            "process_bytes_before_model": facts.get("before"),
         },
         "speed": {
             "step_seconds_median": statistics.median(seconds[WARM_UP_STEPS:] or seconds) if seconds else None,

@@ -18,7 +18,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.grid import table as grid_table  # noqa: E402
 from benchmarks.lightpeft_steps import table as steps_table  # noqa: E402
 from leantune.methods import METHODS  # noqa: E402
-from leantune.report.capabilities import capability_markdown  # noqa: E402
+from leantune.report.capabilities import (  # noqa: E402
+    Capabilities,
+    capability_markdown,
+    methods_markdown,
+)
 
 
 def grid(name: str) -> str:
@@ -41,7 +45,11 @@ def steps() -> str:
 
 # Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
 TABLES = {
-    "README.md": {"methods": lambda: capability_markdown(METHODS), "banking77": lambda: grid("banking77")},
+    "README.md": {
+        "methods": lambda: methods_markdown(METHODS),
+        "capabilities": lambda: capability_markdown(Capabilities.load()),
+        "banking77": lambda: grid("banking77"),
+    },
     "src/leantune/lamda/README.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
     "src/leantune/lightpeft/README.md": {
         "lightpeft-trec": partial(grid, "lightpeft-trec"),

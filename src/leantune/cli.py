@@ -326,14 +326,18 @@ def export(
 def methods(as_json: JsonOption = False) -> None:
     """What there is and what it can do."""
     from leantune.methods import METHODS
-    from leantune.report.capabilities import capability_table
+    from leantune.report.capabilities import Capabilities, capability_table, methods_table, tried_on
 
+    capabilities = Capabilities.load()
     if as_json:
         from dataclasses import asdict
 
-        _print_json([asdict(method) for method in METHODS])
-    else:
-        _console().print(capability_table(METHODS))
+        _print_json({"methods": [asdict(method) for method in METHODS], "capabilities": asdict(capabilities)})
+        return
+    console = _console()
+    console.print(methods_table(METHODS))
+    console.print(capability_table(capabilities))
+    console.print(f"\n{tried_on(capabilities)}", style="dim")
 
 
 @app.command()

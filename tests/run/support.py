@@ -36,6 +36,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prune": {"estimate_steps": 4, "heads": "1/4", "heads_scope": "global"},
         "tokens": {"keep": 0.5},
     },
+    "lora+light-peft+tokentune": {
+        "adapter": {"type": "lora", "r": 4},
+        "prune": {"estimate_steps": 4, "heads": 0.5, "neurons": 0.5, "neurons_scope": "layer"},
+        "tokens": {"keep": 0.5},
+    },
     "lora+tokentune": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "tokens": {"keep": 4}},
 }
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, EvalPrediction
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, EvalPrediction, TrainerCallback
 
 import leantune
 from leantune.errors import UserError
-from leantune.recipes import DataRecipe
+from leantune.recipes import DataRecipe, Recipe
+from leantune.run import Interrupted, lean
 from leantune.run.data import open_splits
 from leantune.run.tasks import CausalLM, make_task
-from tests.conftest import requests, write_jsonl
+from leantune.tokentune import ChoosingCollator
+from tests.conftest import WORDS, requests, write_jsonl
 from tests.run.support import SETTINGS, quiet, recipe
 
 LM: dict[str, Any] = {"model": {"task": "causal-lm"}}
@@ -72,6 +78,53 @@ def test_causal_lm_runs(
     if form == "text":
         assert isinstance(leantune.predict(run.folder, ["my card"])[0].predicted, str)
         assert leantune.export(run.folder, "merged", tmp_path / "merged").max_abs_difference < 1e-5
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_chosen_tokens_are_counted_over_all_micro_batches(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is made where batches are: known before they are counted, and the same after a resume."""
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choices(WORDS, k=draw.randint(3, 20)))} for _ in range(24)]
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    chosen: dict[str, list[int]] = {"whole": [], "stopped": []}
+
+    def made(name: str) -> Recipe:
+        train = {"epochs": 2, "batch_size": 3, "gradient_accumulation_steps": 2}
+        return recipe(
+            llama_folder, tmp_path, tmp_path / name, SETTINGS["lora+tokentune"],
+            data={"pack": False}, train=train, **LM,
+        )  # fmt: skip
+
+    def watch(name: str) -> None:
+        inner = ChoosingCollator.choose
+
+        def choose(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
+            made = inner(self, batch)
+            chosen[name].append(int((made["labels"] != -100).sum()))
+            return made
+
+        monkeypatch.setattr(ChoosingCollator, "choose", choose)
+
+    with monkeypatch.context() as monkeypatch:
+        watch("whole")
+        leantune.train(made("whole"), console=quiet())
+    assert len(chosen["whole"]) == 16  # 2 epochs of 8 batches; evaluation chooses nothing
+    needed = lean.callbacks
+    with monkeypatch.context() as patched:
+        patched.setattr(lean, "callbacks", lambda recipe: [_Stop(), *needed(recipe)])
+        with pytest.raises(Interrupted):
+            leantune.train(made("stopped"), console=quiet())
+    leantune.train(made("stopped"), resume=True, console=quiet())
+    one, other = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in chosen)
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def encode(

@@ -1,8 +1,8 @@
 """Quantised base weights as bitsandbytes stores them: how many bytes, and a stand-in that can be traced.
 
-    nf4     4 bits a weight; a scale for every 64, itself 8 bits with one float32 for 256 of them (double
-            quantisation): 4.127 bits a weight. Without double quantisation, a float32 scale: 4.5 bits.
-    int8    8 bits a weight, a float32 scale for each row of the matrix.
+    nf4, fp4    4 bits a weight; a scale for every 64, itself 8 bits with one float32 for 256 of them (double
+                quantisation): 4.127 bits a weight. Without double quantisation, a float32 scale: 4.5 bits.
+    int8        8 bits a weight, a float32 scale for each row of the matrix.
 
 A layer dequantises its whole weight for its product, forward and backward, and lets it go: for the peak the
 largest layer counts. nf4 keeps nothing more for the backward pass than an ordinary frozen layer; int8 keeps
@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from leantune.anatomy import find_head
+from leantune.anatomy import find_head, find_stacks
 
-Storage = Literal["nf4", "int8"]
+Storage = Literal["nf4", "fp4", "int8"]
 STORAGES: tuple[str, ...] = get_args(Storage)
 BLOCK, NESTED_BLOCK = 64, 256
 _CODES = (16, 256)  # float32 tables: of the weights, of the scales
@@ -82,23 +81,13 @@ def _scales(weight: Tensor, storage: Storage, double: bool) -> Iterator[Tensor]:
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Owner, name and module of each linear layer that transformers would load quantised.
-
-    Those below the head; what is trained in full, and the output embedding, stay as they are.
-    """
-    head = find_head(model)
-    outputs = head.get_output_embeddings()
-    whole = {id(m) for w in model.modules() if isinstance(w, ModulesToSaveWrapper) for m in w.modules()}
-    for owner in list(_below(head).modules()):
+    """Owner, name and module of each linear layer that a run would quantise: those inside the stack."""
+    layers = [layer for stack in find_stacks(find_head(model)) for layer in stack.layers]
+    for owner in [module for layer in layers for module in layer.modules()]:
         for name, module in list(owner.named_children()):
             is_linear = isinstance(module, nn.Linear | Conv1D) and not _is_adapter(owner)
-            stays = module is outputs or id(module) in whole
-            if is_linear and not stays and not any(p.requires_grad for p in module.parameters()):
+            if is_linear and not any(p.requires_grad for p in module.parameters()):
                 yield owner, name, module
-
-
-def _below(head: PreTrainedModel) -> nn.Module:
-    return head.base_model if isinstance(head.base_model, nn.Module) else head
 
 
 def _is_adapter(owner: nn.Module) -> bool:
@@ -170,16 +159,16 @@ def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
     for owner, name, module in list(quantizable(model.requires_grad_(False))):
         kept: Any = module
         options: dict[str, Any] = {"bias": kept.bias is not None}
-        if storage == "nf4":
+        if storage != "int8":
             new = bnb.nn.Linear4bit(
                 kept.in_features,
                 kept.out_features,
-                quant_type="nf4",
+                quant_type=storage,
                 compute_dtype=kept.weight.dtype,
                 **options,
             )
             new.weight = bnb.nn.Params4bit(
-                kept.weight.data, requires_grad=False, quant_type="nf4", module=new
+                kept.weight.data, requires_grad=False, quant_type=storage, module=new
             )
             new.support_avx512bf16_for_cpu = False  # it would cut the gradient (HOSTS: quantised bases)
         else:
@@ -187,4 +176,4 @@ def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
             new.weight = bnb.nn.Int8Params(kept.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = kept.bias
         setattr(owner, name, new.to("cpu"))
-    setattr(model, "is_loaded_in_4bit" if storage == "nf4" else "is_loaded_in_8bit", True)
+    setattr(model, "is_loaded_in_8bit" if storage == "int8" else "is_loaded_in_4bit", True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from leantune.comparison.methods import PARTS, parse_methods
 from leantune.comparison.methods import changes as method_changes
-from leantune.comparison.methods import parse_methods
 from leantune.planner.quantized import Storage
 from leantune.planner.setting import is_checkpointed
 from leantune.recipes import Recipe
@@ -81,19 +81,19 @@ def alternatives(recipe: Recipe, methods: Sequence[str] | None = None) -> list[R
 
 
 def _plain(name: str) -> str:
-    """`qlora` is LoRA on a quantised base."""
-    return "+".join("lora" if part == "qlora" else part for part in name.split("+"))
+    """`qlora` is LoRA on a quantised base; a release that has no such method calls it `lora`."""
+    return "+".join("lora" if part == "qlora" and part not in PARTS else part for part in name.split("+"))
 
 
 def _row(recipe: Recipe, name: str, varied: Changes) -> Row:
     lean, train = method_changes(_plain(name), recipe)
     for key, settings in varied.items():
         lean[key] = (lean.get(key) or {}) | settings
-    changes: Changes = {f"lean.{key}": lean.get(key) for key in ("adapter", "prune", "tokens")}
+    changes: Changes = {f"lean.{key}": lean.get(key) for key in ("adapter", "prune", "tokens", "quantize")}
     changes |= {f"train.{key}": value for key, value in train.items()}
     label = name + "".join(f" {_label(settings)}" for settings in varied.values())
     if "qlora" not in name.split("+"):
-        return changed(recipe, changes | {QUANTIZE: None}, label)
+        return changed(recipe, changes, label)
     try:
         return changed(recipe, changes | {QUANTIZE: "nf4"}, label)
     except ValidationError:  # a release that cannot train it
@@ -159,8 +159,6 @@ def describe(recipe: Recipe) -> str:
     parts = recipe.method.split("+")
     if recipe.lean.tokens is not None:
         parts[parts.index("tokentune")] += f" {_percent(recipe.lean.tokens.keep)}"
-    if recipe.lean.quantize is not None:
-        parts[0] = f"q{parts[0]}"
     if is_checkpointed(recipe):
         parts.append("ckpt")
     return "+".join(parts)

@@ -18,6 +18,7 @@ Device = Literal["cpu", "cuda"]
 Stage = Literal["train", "estimate", "frozen"]
 # What the tracer carries out; the Trainer's default first.
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+TASKS = ("classification", "regression", "causal-lm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,6 +117,8 @@ def check(setting: Setting) -> None:
     for key, value in (("batch", setting.batch), ("length", setting.length)):
         if value < 1:
             raise UserError(f"{key} = {value}: must be a whole number of at least 1")
+    if recipe.model.task not in TASKS:
+        raise UserError(f"model.task = {recipe.model.task!r}: a plan is made for {', '.join(TASKS)}")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and setting.length > limit:
         raise UserError(f"length = {setting.length}: the model reads at most {limit} tokens")

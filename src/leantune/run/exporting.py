@@ -185,7 +185,7 @@ def _reopen(loaded: LoadedRun, to: str, folder: Path) -> nn.Module:
 def _fixed_inputs(loaded: LoadedRun) -> dict[str, Tensor]:
     pair = [FIXED_TEXTS[::-1]] if loaded.recipe.data.text_pair else []
     encoded = loaded.tokenizer(list(FIXED_TEXTS), *map(list, pair), padding=True, return_tensors="pt")
-    return dict(encoded.to(next(loaded.model.parameters()).device))
+    return loaded.task.fixed_inputs(dict(encoded.to(next(loaded.model.parameters()).device)))
 
 
 @torch.no_grad()

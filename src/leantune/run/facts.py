@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from leantune._version import __version__
@@ -16,22 +15,28 @@ from leantune.recipes import Recipe
 from leantune.run.callbacks import read_log
 from leantune.run.estimation import STAGE
 from leantune.run.folder import RunFolder
+from leantune.run.models import head_modules
 
 WARM_UP_STEPS = 5
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module, classifies: bool) -> dict[str, int]:
     """Parameters by kind.
+
+    Args:
+        model: In training.
+        classifies: It is a sequence classifier (or regressor): what lies beside its base model is its head.
 
     Returns:
         `total` (of the base and its head; adapters left out), `trainable`, and `head`: the trainable part
         that is a task head, trained by every method alike.
     """
     adapted = hasattr(model, "peft_config")
+    heads = set(head_modules(model)) if classifies and not adapted else set()
     total = trainable = head = 0
     for name, parameter in model.named_parameters():
-        in_head = "modules_to_save" in name or (not adapted and name.split(".")[0] in SEQ_CLS_HEAD_NAMES)
+        in_head = "modules_to_save" in name or name.split(".")[0] in heads
         adapter = adapted and parameter.requires_grad and not in_head
         if not adapter and "original_module" not in name:
             total += parameter.numel()

@@ -32,7 +32,18 @@ from leantune.lightpeft import (
     shrink,
 )
 from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
-from leantune.tokentune import TokenTuneConfig, TokenTuneState, set_token_state, token_state, token_tune
+from leantune.run.models import head_modules, new_modules
+from leantune.tokentune import (
+    CHOOSE_AHEAD,
+    ChoosingCollator,
+    TokenTuneConfig,
+    TokenTuneState,
+    set_token_state,
+    token_state,
+    token_tune,
+)
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
@@ -147,6 +158,33 @@ def attach_tokens(model: nn.Module, recipe: Recipe, verify: bool = True) -> nn.M
         raise UserError(f"lean.tokens: {error}") from None
 
 
+def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_tokens: bool) -> Collator:
+    """The collator for training: it chooses tokens where they must be known before the first forward.
+
+    Losses that are divided by the tokens of all micro-batches need the choice when those are counted.
+
+    Args:
+        model: With the recipe's methods attached.
+        recipe: The whole recipe.
+        collator: The task's.
+        counts_tokens: Whether the task's loss is divided so.
+
+    Raises:
+        UserError: Batches are made in other processes, which cannot know the choice.
+    """
+    tokens, settings = recipe.lean.tokens, recipe.train.model_extra or {}
+    if tokens is None or not counts_tokens or settings.get("gradient_accumulation_steps", 1) == 1:
+        return collator
+    if tokens.strategy not in CHOOSE_AHEAD:
+        return collator  # their scores come from the forward itself: a mean of means, as the card says
+    if settings.get("dataloader_num_workers"):
+        raise UserError(
+            "lean.tokens with train.gradient_accumulation_steps needs batches made in the training process: "
+            "leave train.dataloader_num_workers out"
+        )
+    return ChoosingCollator(model, collator)
+
+
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
     adapter = recipe.lean.adapter
     if adapter.type == "none":
@@ -156,6 +194,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
         "target_modules": adapter.target_modules,
         "exclude_modules": adapter.exclude_modules,
         "task_type": task_type,
+        "modules_to_save": trained_in_full(model, task_type) or None,
     }
     try:
         return get_peft_model(model, make(adapter, common))
@@ -167,6 +206,17 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
                 f"(its layers: {', '.join(linear_names(model))})"
             ) from None
         raise UserError(f"lean.adapter: {reason}") from None
+
+
+def trained_in_full(model: nn.Module, task_type: str) -> list[str]:
+    """Modules that an adapter leaves to be trained as they are, and saves: the head, and what is new.
+
+    PEFT takes a classifier's last layer alone; a pooler or dense layer before it that the base's weights lack
+    would stay random, and be drawn anew at every load.
+    """
+    head = head_modules(model) if task_type == "SEQ_CLS" else []
+    inside = [name for name in new_modules(model) if name.split(".")[0] not in head]
+    return head + inside
 
 
 def callbacks(recipe: Recipe) -> list[TrainerCallback]:

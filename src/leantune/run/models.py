@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -128,7 +129,7 @@ def load_config(recipe: ModelRecipe, **changes: Any) -> PretrainedConfig:
 def load_base(
     recipe: ModelRecipe, auto_class: Any, config: PretrainedConfig, source: str | None = None
 ) -> PreTrainedModel:
-    """The base model with a head for the task; a head that the weights lack is drawn from the current seed.
+    """The base model with a head for the task; what the weights lack is drawn from the current seed.
 
     Args:
         recipe: The recipe's `model`.
@@ -145,9 +146,41 @@ def load_base(
     source = source or resolve(recipe.path)
     try:
         with quiet_transformers():  # the report on head weights that are new is no news here
-            return auto_class.from_pretrained(source, **options)
+            model, found = auto_class.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_open(recipe.path, "model", error) from None
+    model.__dict__[_NEW] = frozenset(found["missing_keys"])
+    return model
+
+
+_NEW = "_leantune_new_weights"
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """A sequence classifier's parts beside the base model: pooler, dense layers, output."""
+    base = getattr(model, "base_model_prefix", "")
+    return [
+        name
+        for name, child in model.named_children()
+        if name != base and next(child.parameters(), None) is not None
+    ]
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """Modules of a model from `load_base` that its weights lack: the outermost that are new as a whole."""
+    new: frozenset[str] = model.__dict__.get(_NEW, frozenset())
+    names = dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters() if name in new)
+    whole = [_outermost(model, name, new) for name in names]
+    return list(dict.fromkeys(name for name in whole if name))
+
+
+def _outermost(model: nn.Module, name: str, new: frozenset[str]) -> str:
+    while "." in name:
+        outer = name.rpartition(".")[0]
+        if not all(f"{outer}.{inner}" in new for inner, _ in model.get_submodule(outer).named_parameters()):
+            break
+        name = outer
+    return name
 
 
 @contextmanager

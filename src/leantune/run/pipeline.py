@@ -32,14 +32,16 @@ from leantune.run.facts import collect_metrics, count_parameters
 from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
-from leantune.run.models import load_base, quiet_transformers
+from leantune.run.models import head_modules, load_base, new_modules, quiet_transformers
 from leantune.run.prediction import sample_predictions
+from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
 if TYPE_CHECKING:
     from leantune.planner.run_forecast import RunForecast
 
 SAMPLED_PREDICTIONS = 12
+LISTED = 5  # new modules that are told by name
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
@@ -120,6 +122,7 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     set_seed(recipe.train.seed)
     before = resident_bytes()
     base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    _tell_what_is_new(base, inputs.task, console)
     model = lean.attach(base, recipe, inputs.task.peft_task_type)
     return _Prepared(**vars(inputs), model=model, bytes_before=before)
 
@@ -132,6 +135,17 @@ def _forecast(recipe: Recipe, prepared: _Prepared) -> RunForecast:
     evaluates = "validation" in prepared.encoded
     cuda = torch.cuda.is_available()
     return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda)
+
+
+def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:
+    """A head is new as a rule; anything else that the weights lack may be a mistake."""
+    head = head_modules(base) if task.peft_task_type == "SEQ_CLS" else []
+    lacking = [name for name in new_modules(base) if name.split(".")[0] not in head]
+    if lacking:
+        names = ", ".join(lacking[:LISTED]) + (
+            f" and {len(lacking) - LISTED} more" if lacking[LISTED:] else ""
+        )
+        console.print(f"the weights lack {names}: drawn from the seed, trained in full and saved")
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
@@ -158,9 +172,15 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         prepared.task.collator(prepared.tokenizer),
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
+        train_collator=_train_collator(recipe, prepared),
     )
     _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
+
+
+def _train_collator(recipe: Recipe, prepared: _Prepared) -> lean.Collator:
+    task = prepared.task
+    return lean.train_collator(prepared.model, recipe, task.collator(prepared.tokenizer), task.counts_tokens)
 
 
 def _run(
@@ -195,6 +215,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, and save the result. Returns what was measured on the way."""
     model, stop = prepared.model, StopOnSignal()
+    classifies = prepared.task.peft_task_type == "SEQ_CLS"
     checkpoint = _checkpoint(folder.checkpoints, resume, console)
     progress = ProgressBar(console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
@@ -207,14 +228,15 @@ def _fit(
         [*lean.callbacks(recipe), log, progress, stop],
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
+        train_collator=_train_collator(recipe, prepared),
     )
     facts: dict[str, Any] = {
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(model, classifies),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
     peak = _run(trainer, recipe, folder, stop, progress, checkpoint)
     facts |= {
-        "trainable_end": count_parameters(model)["trainable"],
+        "trainable_end": count_parameters(model, classifies)["trainable"],
         "peak": peak,
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,

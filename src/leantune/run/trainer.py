@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -19,6 +19,7 @@ from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
 from leantune.run.checkpoints import keep_newest, seal
 from leantune.run.tasks import Task
+from leantune.run.tasks.token_metrics import IGNORED
 
 KEPT_CHECKPOINTS = 2
 
@@ -46,9 +47,52 @@ class EpochSampler(Sampler[int]):
 
 
 class LeanTrainer(Trainer):
-    """Trainer with sealed checkpoints (written aside, listed, renamed) and orders that resume."""
+    """Trainer with sealed checkpoints (written aside, listed, renamed) and orders that resume.
+
+    Args:
+        train_collator: Makes the batches that are trained on, where that takes another one than evaluation.
+        head_averages: The head divides its loss by the tokens of its own batch, whatever it is told of the
+            other micro-batches of the step.
+        *args: As for `Trainer`.
+        **kwargs: As for `Trainer`.
+    """
 
     _staging: str | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        train_collator: DataCollator | None = None,
+        head_averages: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_collator, self.head_averages = train_collator, head_averages
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """With the collator for training."""
+        usual = self.data_collator
+        self.data_collator = self.train_collator or usual
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = usual
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As `Trainer`; the mean of a head that averages enters the step by its share of the tokens."""
+        if not self.head_averages or num_items_in_batch is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = (inputs["labels"] != IGNORED).sum() / num_items_in_batch
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # num_items_in_batch counts the tokens of all processes, whose gradients are averaged
+        loss = loss * share * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -133,6 +177,7 @@ def build_trainer(
     callbacks: list[TrainerCallback],
     train: Any = None,
     validation: Any = None,
+    train_collator: DataCollator | None = None,
 ) -> LeanTrainer:
     """A Trainer for the task, silent but for `callbacks`."""
     trainer = LeanTrainer(
@@ -145,6 +190,8 @@ def build_trainer(
         compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=callbacks,
+        train_collator=train_collator,
+        head_averages=task.head_averages,
     )
     if not task.counts_tokens:
         # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose

@@ -18,6 +18,9 @@ from leantune.anatomy import TOKENWISE, decoder_inputs, find_head
 from leantune.errors import UserError
 from leantune.tokentune.forward import IGNORED, Choosing, TokenTuner
 
+# Strategies that need nothing of a forward pass.
+CHOOSE_AHEAD = ("random", "supervised")
+
 
 class ChoosingCollator:
     """A data collator that also chooses: adds `token_choice` and takes the labels of unchosen tokens out.
@@ -44,7 +47,7 @@ class ChoosingCollator:
             raise UserError("ChoosingCollator needs a model with TokenTune attached: call token_tune first")
         if tuner.plan.task not in TOKENWISE:
             raise UserError(f"ChoosingCollator is for losses over tokens; this head does {tuner.plan.task}")
-        if tuner.config.strategy not in ("random", "supervised"):
+        if tuner.config.strategy not in CHOOSE_AHEAD:
             raise UserError(
                 f"strategy={tuner.config.strategy!r} needs scores from a forward; in a collator only "
                 "'random' and 'supervised' can choose"

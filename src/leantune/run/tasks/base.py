@@ -40,6 +40,8 @@ class Task(ABC):
     main_metric: ClassVar[str]
     # Whether the head's loss is a sum over tokens that is divided by their number in all micro-batches.
     counts_tokens: ClassVar[bool] = False
+    # With `counts_tokens`: whether the head itself divides by the number of its own batch all the same.
+    head_averages: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, config: PretrainedConfig | None = None) -> None:
         self.recipe = recipe
@@ -83,6 +85,10 @@ class Task(ABC):
     def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """What to keep of a batch's logits for `metrics` (all of them, unless they are large)."""
         return logits[0] if isinstance(logits, tuple) else logits
+
+    def fixed_inputs(self, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tokenised texts → what a forward pass needs, to compare two models' outputs."""
+        return encoded
 
     @abstractmethod
     def predict(

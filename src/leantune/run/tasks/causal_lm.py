@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
@@ -24,8 +22,8 @@ from leantune.recipes import Recipe
 from leantune.run.data import check_columns, find_column
 from leantune.run.tasks.base import Prediction, Task, check_texts
 from leantune.run.tasks.formats import ALPACA, Segment, find_format, prompt_ids, segments
+from leantune.run.tasks.token_metrics import IGNORED, mean_metrics, row_sums
 
-IGNORED = -100
 MAX_NEW_TOKENS = 128
 
 
@@ -118,23 +116,11 @@ class CausalLM(Task):
     def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """(batch, n, vocabulary) → (batch, 3): each row's summed loss, tokens counted, tokens right."""
         logits = logits[0] if isinstance(logits, tuple) else logits
-        shifted, targets = logits[:, :-1].float(), labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(
-            shifted.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )  # (batch, n - 1)
-        counted = targets != IGNORED
-        right = (shifted.argmax(dim=-1) == targets) & counted
-        return torch.stack([loss.sum(1).double(), counted.sum(1).double(), right.sum(1).double()], dim=1)
+        return row_sums(logits[:, :-1], labels[:, 1:])
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Mean loss over all counted tokens (not over batches), perplexity, next-token accuracy."""
-        loss, counted, right = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-        mean = loss / counted
-        return {
-            "loss": float(mean),
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
-            "token_accuracy": float(right / counted),
-        }
+        return mean_metrics(prediction.predictions)
 
     def read_input(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
         """The prompt; of raw text its first half."""

@@ -1,0 +1,48 @@
+"""The capability table says what is so: cells of it are examined again, and nothing is left out.
+
+By default the pairs and all three together, on a decoder's and an encoder-decoder's shape (BERT's are in
+tests/run); every other cell in `make test-all`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leantune.report.capabilities import Capabilities
+from tests.capabilities.cells import ABILITIES, FAMILIES, examine
+from tests.run.support import SETTINGS
+
+QUICK = {
+    (method, family, task)
+    for method in ("lora+tokentune", "lamda+light-peft", "lora+light-peft+tokentune", "lean")
+    for family, task in FAMILIES[1:3]
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # tiny tokenizers and models disagree on their special tokens
+@pytest.mark.parametrize(
+    ("method", "family", "task"),
+    [
+        pytest.param(method, *family, marks=() if (method, *family) in QUICK else pytest.mark.slow)
+        for method in SETTINGS
+        for family in FAMILIES
+    ],
+)
+def test_the_table_is_right(method: str, family: str, task: str, tmp_path: Path) -> None:
+    quick = ("train", "resume", "export lora", "export merged", "export pruned")
+    abilities = quick if (method, family, task) in QUICK else tuple(ABILITIES)
+    claimed = Capabilities.load().cells[method][f"{family} {task}"]
+    found = examine(method, family, task, tmp_path / "cell", abilities)
+    assert found == {ability: claimed[ability] for ability in abilities}
+
+
+def test_the_table_is_whole() -> None:
+    table = Capabilities.load()
+    assert table.abilities == tuple(ABILITIES)
+    assert table.architectures == tuple(f"{family} {task}" for family, task in FAMILIES)
+    assert list(table.cells) == list(SETTINGS)
+    for cells in table.cells.values():
+        assert list(cells) == list(table.architectures)
+        assert all(list(cell) == list(ABILITIES) for cell in cells.values())

@@ -1,24 +1,30 @@
 """How far the planner's forecasts are from what the CPU's allocator measures.
 
-    python benchmarks/planner_error.py [--only llama,bert]
+    OMP_NUM_THREADS=1 python benchmarks/planner_error.py [--only llama,bert] [--large]
 
-Small random models of nine architectures, the methods, batches with and without padding, checkpointing, mixed
-precision and accumulation. Measured: the allocator's reports under torch's profiler during one real training
-step on one thread, the optimizer's state in place; the same to the byte in every run. Traced: the same step
-on fake tensors. Closed form: from shapes. Besides the peak, `leantune.saved_activation_bytes`.
+Small random models of eight architectures and three real shapes; the methods; batches with and without padding,
+checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed). Measured: the
+allocator's reports under torch's profiler during one real training step on one thread, the optimizer's state in
+place; the same to the byte in every run. Traced: the same step on fake tensors. Closed form: from shapes.
+Besides: saved activations, the peak of an evaluation batch, and processor time against the arithmetic at the
+rate of a matrix product.
 
-Then models too large for this machine, traced and by the closed form: against the figures of earlier
-estimates, with the conditions. Writes benchmarks/results/planner_error.json.
+Then Llama-2-7B, traced (seconds and the process's memory) and by the closed form, in a process of its own.
+Writes benchmarks/results/planner_error.json; takes some ten minutes and 2 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,6 @@ import transformers
 from transformers import (
     BertConfig,
     DebertaV2Config,
-    DistilBertConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -36,8 +41,11 @@ from transformers import (
     RobertaConfig,
 )
 
+from leantune.measure import peak_rss
 from leantune.planner import Setting, Tracer, estimate
-from leantune.planner.measured import measure_peak, measure_saved
+from leantune.planner.devices import find_device
+from leantune.planner.known import config_of
+from leantune.planner.measured import measure, measure_saved
 from leantune.recipes import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "planner_error.json"
@@ -46,7 +54,6 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 512, "max_position_embeddings": 512, "pad_token_id": 0,
 }  # fmt: skip
 GPT2: dict[str, Any] = {"vocab_size": 2000, "n_embd": 192, "n_layer": 4, "n_head": 6, "pad_token_id": 0}
-DISTIL: dict[str, Any] = {"vocab_size": 2000, "dim": 192, "n_layers": 4, "n_heads": 6, "hidden_dim": 512}
 DEBERTA: dict[str, Any] = {
     "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 64,
     "norm_rel_ebd": "layer_norm", "share_att_key": True,
@@ -61,7 +68,6 @@ MODELS: dict[str, tuple[str, Any]] = {
     "opt": ("causal-lm", OPTConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, **OPT)),
     "bert": ("classification", BertConfig(**SMALL)),
     "roberta": ("classification", RobertaConfig(**SMALL)),
-    "distilbert": ("classification", DistilBertConfig(**DISTIL)),
     "deberta": ("classification", DebertaV2Config(**SMALL, **DEBERTA)),
 }
 LORA, LAMDA = {"type": "lora", "r": 8}, {"type": "lamda", "r": 32}
@@ -74,54 +80,98 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora+light-peft": {"adapter": LORA, "prune": {}},
     "lean": {"adapter": LAMDA, "prune": {}, "tokens": {"keep": 0.25}},
 }
+LEAN = METHODS["lean"]
 CHECKPOINTING = {"gradient_checkpointing": True}
+Condition = tuple[tuple[str, ...], int, int, bool, str, dict[str, Any]]
 # (methods, batch, length, padded, stage, TrainingArguments), for every model.
-CONDITIONS: list[tuple[tuple[str, ...], int, int, bool, str, dict[str, Any]]] = [
+CONDITIONS: list[Condition] = [
     (tuple(METHODS), 4, 128, False, "train", {}),
     (("full", "lora", "lamda", "tokentune"), 2, 96, True, "train", CHECKPOINTING),
     (("lora",), 8, 256, True, "train", {}),
     (("lamda",), 4, 128, False, "frozen", {}),
 ]
 # Conditions that concern the step and not the model: on one model.
-MORE: list[tuple[tuple[str, ...], int, int, bool, str, dict[str, Any]]] = [
+MORE: list[Condition] = [
     (("full", "lora"), 4, 128, False, "train", {"bf16": True}),
     (("full", "lora"), 4, 128, False, "train", {"gradient_accumulation_steps": 2}),
     (("full",), 4, 128, False, "train", {"optim": "adamw_torch"}),
     (("lora+light-peft", "lean"), 4, 128, False, "estimate", {}),
 ]
+# Real shapes: (shape, method, batch, length, padded).
+REAL: list[tuple[str, str, int, int, bool]] = [
+    ("bert-base", "lora", 8, 128, True),
+    ("bert-base", "lora+tokentune", 8, 128, True),
+    ("gpt2", "lora", 2, 256, False),
+    ("gpt2", "lora+light-peft", 2, 256, False),
+    ("qwen2.5-0.5b", "lora+tokentune", 1, 128, False),
+]
+QUANTISED = ("nf4", "int8")
 
 
 def setting(
     name: str, task: str, config: Any, lean: dict[str, Any], dtype: str = "float32", **how: Any
 ) -> Setting:
     """A recipe for the model, and the batch."""
+    train = {"eval_batch_size": how["batch"], **how.pop("train")}
     recipe = Recipe.model_validate({
         "model": {"path": name, "task": task, "dtype": dtype}, "data": {"path": "unused"}, "lean": lean,
-        "train": how.pop("train"), "output": "unused",
+        "train": train, "output": "unused",
     })  # fmt: skip
     return Setting(recipe, config, **how)
 
 
-def small_cases(only: list[str]) -> list[dict[str, Any]]:
-    """Every model under every condition."""
-    rows = []
+def cases(only: list[str]) -> Iterator[tuple[dict[str, Any], Setting]]:
+    """What is measured: how a row is called, and the setting."""
     for name, (task, config) in MODELS.items():
         if only and name not in only:
             continue
         for methods, batch, length, padded, stage, train in CONDITIONS + (MORE if name == "llama" else []):
             for method in methods:
                 how = {"batch": batch, "length": length, "padded": padded, "stage": stage, "train": train}
-                made = setting(name, task, config, METHODS[method], **how)
-                rows.append({"model": name, "method": method, **how} | compare(made))
-                print(line(rows[-1]), flush=True)
-    return rows
+                yield (
+                    {"model": name, "method": method, **how},
+                    setting(name, task, config, METHODS[method], **how),
+                )
+    if only:
+        return
+    for name, method, batch, length, padded in REAL:
+        how = {"batch": batch, "length": length, "padded": padded, "stage": "train", "train": {}}
+        task = "classification" if name.startswith("bert") else "causal-lm"
+        dtype = "bfloat16" if name.startswith("qwen") else "float32"
+        config = shape(name, task)
+        made = setting(name, task, config, METHODS[method], dtype, **how)
+        yield {"model": name, "method": method, "dtype": dtype, **how}, made
+    if importlib.util.find_spec("bitsandbytes") is None:
+        print("bitsandbytes is not installed: quantised bases are left out")
+        return
+    for storage in QUANTISED:
+        for method, dtype in (("lora", "float32"), ("lora", "bfloat16"), ("lamda", "bfloat16")):
+            how = {"batch": 4, "length": 128, "padded": False, "stage": "train", "train": {}}
+            task, config = MODELS["llama"]
+            made = setting("llama", task, config, METHODS[method], dtype, quantize=storage, **how)
+            yield {"model": "llama", "method": f"{method}+{storage}", "dtype": dtype, **how}, made
+
+
+def shape(name: str, task: str) -> Any:
+    """The config of a well-known model."""
+    path = {"model": {"path": f"shape:{name}", "task": task}, "data": {"path": "x"}, "output": "x"}
+    config = config_of(Recipe.model_validate(path).model)
+    config.pad_token_id = 0
+    return config
 
 
 def compare(made: Setting) -> dict[str, Any]:
     """Measured, traced, closed form; bytes."""
-    traced, closed = Tracer().trace(made), estimate(made)
-    row = {"measured": measure_peak(made), "traced": traced.peak, "closed_form": closed.peak}
-    if made.autocast is None:
+    traced, closed, real = Tracer().trace(made), estimate(made), measure(made)
+    row: dict[str, Any] = {
+        "measured": real.peak, "traced": traced.peak, "closed_form": closed.peak,
+        "evaluation": {
+            "measured": real.evaluation_peak, "traced": traced.evaluation_peak,
+            "closed_form": closed.evaluation_peak,
+        },
+        "cpu_seconds": real.cpu_seconds, "flops": traced.flops, "closed_form_flops": closed.flops,
+    }  # fmt: skip
+    if made.autocast is None and made.storage is None:
         row |= {"measured_saved": measure_saved(made), "traced_saved": traced.saved_activation_bytes}
     return row
 
@@ -130,7 +180,9 @@ def line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
     how = f"{row['batch']}×{row['length']} {row['stage']} {row['train'] or ''} {'padded' * row['padded']}"
     errors = f"traced {error(row, 'traced'):+8.3%}  closed form {error(row, 'closed_form'):+7.1%}"
-    return f"{row['model']:11}{row['method']:17}{row['measured'] / 2**20:8.1f} MiB  {errors}  {how}"
+    evaluation = f"evaluation {error(row['evaluation'], 'traced'):+7.2%} {error(row['evaluation'], 'closed_form'):+6.1%}"
+    name = f"{row['model']:13}{row['method']:17}"
+    return f"{name}{row['measured'] / 2**20:8.1f} MiB  {errors}  {evaluation}  {how}"
 
 
 def error(row: dict[str, Any], engine: str) -> float:
@@ -138,66 +190,85 @@ def error(row: dict[str, Any], engine: str) -> float:
     return row[engine] / row["measured"] - 1
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], rate: float) -> dict[str, Any]:
     """Median and worst absolute error of both engines."""
-    result: dict[str, Any] = {"cases": len(rows)}
+    result: dict[str, Any] = {"cases": len(rows), "models": len({row["model"] for row in rows})}
     for engine in ("traced", "closed_form"):
-        errors = [abs(error(row, engine)) for row in rows]
-        result[engine] = {"median": statistics.median(errors), "worst": max(errors)}
+        result[engine] = _spread([error(row, engine) for row in rows])
+        result[f"{engine}_evaluation"] = _spread([error(row["evaluation"], engine) for row in rows])
     saved = [row for row in rows if "traced_saved" in row]
     result["saved_activation_bytes_worst"] = max(
         abs(row["traced_saved"] / row["measured_saved"] - 1) for row in saved
     )
+    # processor time over what the arithmetic takes at the rate of a matrix product
+    times = sorted(row["cpu_seconds"] * rate / row["flops"] for row in rows if "dtype" not in row)
+    result["time_over_arithmetic"] = {"least": times[0], "median": statistics.median(times), "most": times[-1]}
     return result
 
 
-LLAMA_7B: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "intermediate_size": 11008, "max_position_embeddings": 4096, "pad_token_id": 0,
-}  # fmt: skip
-LEAN = {"adapter": LAMDA, "prune": {}, "tokens": {"keep": 0.25}}
+def _spread(errors: list[float]) -> dict[str, float]:
+    sizes = [abs(each) for each in errors]
+    return {"median": statistics.median(sizes), "worst": max(sizes)}
 
 
-def large_cases() -> list[dict[str, Any]]:
-    """Llama-2-7B, bf16: what earlier estimates say, and how long tracing takes."""
-    rows = []
-    for name, lean, batch, length, train in (
-        ("full", {}, 4, 512, {}),
-        ("lora", {"adapter": LORA}, 4, 512, {}),
-        ("lora", {"adapter": LORA}, 4, 512, CHECKPOINTING),
-        ("lamda", {"adapter": LAMDA}, 4, 512, {}),
-        ("lora", {"adapter": LORA}, 1, 2048, {}),
-        ("lean", LEAN, 1, 2048, {}),
+def large_cases() -> Iterator[dict[str, Any]]:
+    """Llama-2-7B, bf16: how long tracing takes, and the conditions of published figures."""
+    for method, storage, batch, length, train in (
+        ("lora", None, 1, 2048, {}),
+        ("lora", "nf4", 1, 2048, {}),
+        ("lean", None, 1, 2048, {}),
+        ("lamda", None, 1, 2048, {}),
+        ("lora", None, 4, 512, {}),
+        ("lora", None, 4, 512, CHECKPOINTING),
+        ("lora", None, 1, 1304, {}),
+        ("lora", "nf4", 1, 1304, {}),
     ):
-        how = {"batch": batch, "length": length, "padded": False, "train": train}
-        made = setting("llama-2-7b", "causal-lm", LlamaConfig(**LLAMA_7B), lean, "bfloat16", **how)
-        began = time.process_time()
+        how: dict[str, Any] = {"batch": batch, "length": length, "padded": False, "train": train}
+        config = shape("llama-2-7b", "causal-lm")
+        made = setting("llama-2-7b", "causal-lm", config, METHODS[method], "bfloat16", quantize=storage, **how)
+        began, cpu = time.perf_counter(), time.process_time()
         traced = Tracer().trace(made)
-        seconds = time.process_time() - began
-        rows.append({
-            "method": name, **how, "traced": traced.peak, "closed_form": estimate(made).peak,
-            "memory": vars(traced.memory), "cpu_seconds": round(seconds, 1),
-            "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        })  # fmt: skip
-        peaks = f"{traced.peak / 2**30:6.2f} GiB, closed form {rows[-1]['closed_form'] / 2**30:6.2f}"
-        print(f"7B {name:8}{batch}×{length} {train or '':32} {peaks}, {seconds:.0f} CPU-seconds", flush=True)
-    return rows
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        yield {
+            "model": "llama-2-7b", "method": method if storage is None else f"{method}+{storage}", **how,
+            "traced": traced.peak, "closed_form": estimate(made).peak, "memory": vars(traced.memory),
+            "evaluation": traced.evaluation_peak, "flops": traced.flops, "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu, 1), "process_peak_bytes": peak_rss(),
+        }  # fmt: skip
+
+
+def large_in_own_process() -> list[dict[str, Any]]:
+    """Whose memory is that of tracing alone."""
+    command = [sys.executable, __file__, "--large"]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+    return [json.loads(row) for row in said.stdout.splitlines()]
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models, comma-separated; writes nothing")
-    only = [name for name in parser.parse_args().only.split(",") if name]
+    parser.add_argument("--large", action="store_true", help="Llama-2-7B alone, a JSON object a line")
+    asked = parser.parse_args()
+    only = [name for name in asked.only.split(",") if name]
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    rows = small_cases(only)
-    print(json.dumps(summary(rows), indent=2))
+    if asked.large:
+        for row in large_cases():
+            print(json.dumps(row), flush=True)
+        return
+    rate = find_device("cpu").single or 1.0
+    rows = []
+    for name, made in cases(only):
+        rows.append(name | compare(made))
+        print(line(rows[-1]), flush=True)
+    print(json.dumps(summary(rows, rate), indent=2))
     if only:
         return
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"versions": versions, "summary": summary(rows), "cases": rows, "large": large_cases()}
+    result = {"versions": versions, "matmul_flops_per_second": rate, "summary": summary(rows, rate)}
+    result |= {"cases": rows, "large": large_in_own_process()}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

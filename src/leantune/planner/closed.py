@@ -141,8 +141,8 @@ def _evaluation_peak(shapes: Shapes, setting: Setting) -> int:
     cache = tokens * shapes.all.cache if caches else 0
     layer = tokens * (2 * max(each.wide for each in shapes.layers) + 2 * shapes.hidden)
     layer += _score_bytes(shapes, setting, tokens, 2) + shapes.dequantised
-    # stored, in float32, log-softmax; float32 ones are not copied
-    logits = tokens * shapes.vocabulary * (size + (4 if size < 4 else 0) + 4)
+    # stored, in float32 (unless they are), row by row for the kernel, log-softmax
+    logits = tokens * shapes.vocabulary * (size + (4 if size < 4 else 0) + 8)
     communication = setting.sharing.communication(shapes.units)
     return round(resident + communication + cache + max(layer, logits + tokens * shapes.hidden))
 

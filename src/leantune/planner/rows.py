@@ -74,7 +74,8 @@ def alternatives(recipe: Recipe, methods: Sequence[str] | None = None) -> list[R
     if methods is None:
         wanted = [(n, c) for n, c in DEFAULT if not (n.endswith("+ckpt") and is_checkpointed(recipe))]
     else:
-        parse_methods([_plain(name) for name in methods])
+        if methods:
+            parse_methods([_plain(name) for name in methods])
         wanted = [(name, {}) for name in methods if name != "recipe"]
     rows = [_row(recipe, name, varied) for name, varied in wanted]
     return [row for row in rows if row.quantize or not same(row.recipe, recipe)]

@@ -6,6 +6,7 @@ state in place. It equals what the CPU's allocator gives out in the same step, k
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -163,6 +164,7 @@ def _traced(model: nn.Module, setting: Setting, tracker: Tracker) -> Figures:
 
 def _evaluation_peak(step: Step, setting: Setting, tracker: Tracker, known: _Known) -> int:
     """Bytes at the peak of an evaluation batch, the optimizer's state in place."""
+    gc.collect()  # what the step left in cycles: by the time of an evaluation Python has found it
     tracker.enter("evaluation")
     batch = make_batch(replace(setting, batch=setting.evaluation_batch))
     _keys(tracker, batch.values())

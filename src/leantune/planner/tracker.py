@@ -31,6 +31,8 @@ LARGEST_REAL = 1 << 24
 aten = torch.ops.aten
 # What code asks a number for. Of a fake number it is only answered while methods are being attached.
 _QUESTIONS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+_CONTIGUOUS = {aten._log_softmax.default, aten._softmax.default}
+_ROW_MAJOR = {"memory_format": torch.contiguous_format}
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -119,6 +121,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        workspace = self._workspace(func, args)
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func in _QUESTIONS:
                 return self._answer(func, tensors)
@@ -131,7 +134,15 @@ class Tracker(TorchDispatchMode):
         for out in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(out, Tensor):
                 self.key(out)
+        del workspace
         return result
+
+    def _workspace(self, func: Any, args: Any) -> Tensor | None:
+        """The copy that a kernel makes for itself of what it cannot read as it lies in memory."""
+        if func not in _CONTIGUOUS or args[0].is_contiguous():
+            return None
+        copied: Tensor = self.__torch_dispatch__(aten.clone.default, (), (args[0],), _ROW_MAJOR)
+        return copied
 
     def _fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _INDEXING:

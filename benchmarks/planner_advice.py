@@ -4,13 +4,13 @@
 
 For six (model, limit) pairs whose recipe does not fit: the recipe that the plan proposes is run by `leantune
 train` under the limit (RLIMIT_DATA: the kernel refuses the process every further byte of private writable
-memory) and has to come through; then the next larger setting, twice the proposed batch and otherwise the same,
+memory) and has to come through; then the next larger setting, twice the proposed batch and else the same,
 which must not.
 
 A process needs memory besides tensors: the interpreter, torch, transformers, the data. How much is measured
-first, once a task, as the highest VmData of a run of a model of next to nothing, less that run's own tensors; it
-is what `--reserve` is given. Limits are that plus a round number. glibc is told to give memory back at once, so
-that the process's figure follows its tensors.
+first, once a task, as the highest VmData of a run of a model of next to nothing, less that run's own tensors;
+it is what `--reserve` is given. Limits are that plus a round number. glibc is told to give memory back at
+once, so that the process's figure follows its tensors.
 
 Writes benchmarks/results/planner_advice.json; takes some ten minutes and 2 GB.
 """
@@ -33,8 +33,15 @@ from typing import Any
 import transformers
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from leantune.planner import plan
 from leantune.planner.rows import changed
@@ -75,7 +82,8 @@ def make_models(folder: Path) -> None:
         "bert": lambda: BertModel(BertConfig(**SIZES, hidden_size=512, intermediate_size=2048)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **wide, num_key_value_heads=4)),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(
-            vocab_size=VOCABULARY, n_embd=512, n_layer=6, n_head=8, bos_token_id=1, eos_token_id=2, pad_token_id=0
+            vocab_size=VOCABULARY, n_embd=512, n_layer=6, n_head=8, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0,
         )),
         "tiny-classification": lambda: BertModel(BertConfig(**SIZES | TINY)),
         "tiny-causal-lm": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | TINY)),
@@ -107,10 +115,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_recipe(model: str, task: str, lean: dict[str, Any], batch: int, length: int, output: Path) -> Recipe:
     """A short run; packed rows of decoders and the longest row of a classifier's data decide its memory."""
-    columns = {"text": "text"} | ({"label": "label_text"} if task == "classification" else {})
+    columns: dict[str, Any] = {"text": "text"}
+    columns |= {"label": "label_text"} if task == "classification" else {}
+    rows = {"max_length": length, "train_rows": 3000, "evaluation_rows": 256}
     return Recipe.model_validate({
         "model": {"path": model, "task": task},
-        "data": {"path": str(DATA), **columns, "max_length": length, "train_rows": 3000, "evaluation_rows": 256},
+        "data": {"path": str(DATA), **columns, **rows},
         "lean": lean,
         "train": {"steps": STEPS, "batch_size": batch, "eval_batch_size": 16},
         "output": str(output),
@@ -185,13 +195,18 @@ def examine(name: str, folder: Path, reserve: dict[str, int]) -> dict[str, Any]:
     proposed = made.advice.recipes[best.name]
     row |= {"proposed": typed_changes(best.changes), "proposed_needs": best.needed}
     row["proposed_run"] = run(proposed, folder, limit)
-    size, parts = proposed.train.batch_size, (proposed.train.model_extra or {}).get("gradient_accumulation_steps", 1)
-    # twice the rows, whatever the recipe's own batch: nothing else about the setting changes
+    size = proposed.train.batch_size
     larger = changed(proposed, {"train.batch_size": 2 * size}).recipe
-    row |= {"next": f"train.batch_size={2 * size} (x {parts})"}
+    row |= {"next": f"train.batch_size={2 * size}"}
     row["next_needs"] = plan(larger, methods=[], device="cpu").rows[0].needed
     row["next_run"] = run(larger, folder, limit)
     return row
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether the proposal came through and the next larger setting did not."""
+    asked = row["proposed"] is not None
+    return asked and row["proposed_run"]["survived"] and not row["next_run"]["survived"]
 
 
 def main() -> None:
@@ -209,7 +224,11 @@ def main() -> None:
         for name in only or PAIRS:
             rows.append(examine(name, folder, reserve))
             print(json.dumps(rows[-1]), flush=True)
-    right = [row for row in rows if row["proposed"] and row["proposed_run"]["survived"] and not row["next_run"]["survived"]]
+    right = [
+        row
+        for row in rows
+        if row["proposed"] and row["proposed_run"]["survived"] and not row["next_run"]["survived"]
+    ]
     print(f"right: {len(right)} of {len(rows)}")
     if not only:
         result = {"reserve_bytes": reserve, "right": len(right), "pairs": rows}

@@ -4,13 +4,14 @@
 
 Small random models of eight architectures and three real shapes; the methods; batches with and without padding,
 checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed). Measured: the
-allocator's reports under torch's profiler during one real training step on one thread, the optimizer's state in
-place; the same to the byte in every run. Traced: the same step on fake tensors. Closed form: from shapes.
-Besides: saved activations, the peak of an evaluation batch, and processor time against the arithmetic at the
-rate of a matrix product.
+allocator's reports under torch's profiler during one real training step on one thread, with the optimizer's
+state in place; the same to the byte in every run. Traced: the same step on fake tensors. Closed form: from
+shapes. Besides: saved activations, the peak of an evaluation batch, and processor time against the arithmetic
+at the rate of a matrix product.
 
 Then Llama-2-7B, traced (seconds and the process's memory) and by the closed form, in a process of its own.
-Writes benchmarks/results/planner_error.json; takes some ten minutes and 2 GB.
+Writes benchmarks/results/planner_error.json after every case; the same command again goes on where it stopped,
+and computes the closed form, which is instant, anew. Some ten minutes on an idle machine, and 2 GB.
 """
 
 from __future__ import annotations
@@ -99,9 +100,7 @@ MORE: list[Condition] = [
 ]
 # Real shapes: (shape, method, batch, length, padded).
 REAL: list[tuple[str, str, int, int, bool]] = [
-    ("bert-base", "lora", 8, 128, True),
     ("bert-base", "lora+tokentune", 8, 128, True),
-    ("gpt2", "lora", 2, 256, False),
     ("gpt2", "lora+light-peft", 2, 256, False),
     ("qwen2.5-0.5b", "lora+tokentune", 1, 128, False),
 ]
@@ -122,25 +121,31 @@ def setting(
 
 def cases(only: list[str]) -> Iterator[tuple[dict[str, Any], Setting]]:
     """What is measured: how a row is called, and the setting."""
+    if not only:
+        yield from quantised_cases()
+        yield from real_cases()
     for name, (task, config) in MODELS.items():
         if only and name not in only:
             continue
         for methods, batch, length, padded, stage, train in CONDITIONS + (MORE if name == "llama" else []):
             for method in methods:
                 how = {"batch": batch, "length": length, "padded": padded, "stage": stage, "train": train}
-                yield (
-                    {"model": name, "method": method, **how},
-                    setting(name, task, config, METHODS[method], **how),
-                )
-    if only:
-        return
+                made = setting(name, task, config, METHODS[method], **how)
+                yield {"model": name, "method": method, **how}, made
+
+
+def real_cases() -> Iterator[tuple[dict[str, Any], Setting]]:
+    """Of well-known models."""
     for name, method, batch, length, padded in REAL:
         how = {"batch": batch, "length": length, "padded": padded, "stage": "train", "train": {}}
         task = "classification" if name.startswith("bert") else "causal-lm"
         dtype = "bfloat16" if name.startswith("qwen") else "float32"
-        config = shape(name, task)
-        made = setting(name, task, config, METHODS[method], dtype, **how)
+        made = setting(name, task, shape(name, task), METHODS[method], dtype, **how)
         yield {"model": name, "method": method, "dtype": dtype, **how}, made
+
+
+def quantised_cases() -> Iterator[tuple[dict[str, Any], Setting]]:
+    """On bitsandbytes' own layers."""
     if importlib.util.find_spec("bitsandbytes") is None:
         print("bitsandbytes is not installed: quantised bases are left out")
         return
@@ -161,18 +166,24 @@ def shape(name: str, task: str) -> Any:
 
 
 def compare(made: Setting) -> dict[str, Any]:
-    """Measured, traced, closed form; bytes."""
-    traced, closed, real = Tracer().trace(made), estimate(made), measure(made)
+    """Measured and traced; bytes."""
+    traced, real = Tracer().trace(made), measure(made)
     row: dict[str, Any] = {
-        "measured": real.peak, "traced": traced.peak, "closed_form": closed.peak,
-        "evaluation": {
-            "measured": real.evaluation_peak, "traced": traced.evaluation_peak,
-            "closed_form": closed.evaluation_peak,
-        },
-        "cpu_seconds": real.cpu_seconds, "flops": traced.flops, "closed_form_flops": closed.flops,
+        "measured": real.peak, "traced": traced.peak,
+        "evaluation": {"measured": real.evaluation_peak, "traced": traced.evaluation_peak},
+        "cpu_seconds": real.cpu_seconds, "flops": traced.flops,
     }  # fmt: skip
     if made.autocast is None and made.storage is None:
         row |= {"measured_saved": measure_saved(made), "traced_saved": traced.saved_activation_bytes}
+    return row
+
+
+def with_closed_form(row: dict[str, Any], made: Setting) -> dict[str, Any]:
+    """The closed form beside them."""
+    closed = estimate(made)
+    row |= {"closed_form": closed.peak}
+    if "evaluation" in row:
+        row["evaluation"] |= {"closed_form": closed.evaluation_peak}
     return row
 
 
@@ -180,7 +191,8 @@ def line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
     how = f"{row['batch']}×{row['length']} {row['stage']} {row['train'] or ''} {'padded' * row['padded']}"
     errors = f"traced {error(row, 'traced'):+8.3%}  closed form {error(row, 'closed_form'):+7.1%}"
-    evaluation = f"evaluation {error(row['evaluation'], 'traced'):+7.2%} {error(row['evaluation'], 'closed_form'):+6.1%}"
+    apart = row.get("evaluation", {"measured": 1, "traced": 1, "closed_form": 1})
+    evaluation = f"evaluation {error(apart, 'traced'):+7.2%} {error(apart, 'closed_form'):+6.1%}"
     name = f"{row['model']:13}{row['method']:17}"
     return f"{name}{row['measured'] / 2**20:8.1f} MiB  {errors}  {evaluation}  {how}"
 
@@ -193,48 +205,62 @@ def error(row: dict[str, Any], engine: str) -> float:
 def summary(rows: list[dict[str, Any]], rate: float) -> dict[str, Any]:
     """Median and worst absolute error of both engines."""
     result: dict[str, Any] = {"cases": len(rows), "models": len({row["model"] for row in rows})}
+    evaluated = [row["evaluation"] for row in rows if "evaluation" in row]
+    result["evaluation_cases"] = len(evaluated)
     for engine in ("traced", "closed_form"):
         result[engine] = _spread([error(row, engine) for row in rows])
-        result[f"{engine}_evaluation"] = _spread([error(row["evaluation"], engine) for row in rows])
-    saved = [row for row in rows if "traced_saved" in row]
-    result["saved_activation_bytes_worst"] = max(
-        abs(row["traced_saved"] / row["measured_saved"] - 1) for row in saved
-    )
+        result[f"{engine}_evaluation"] = _spread([error(row, engine) for row in evaluated])
+    saved = [abs(row["traced_saved"] / row["measured_saved"] - 1) for row in rows if "traced_saved" in row]
+    result["saved_activation_bytes_worst"] = max(saved, default=None)
     # processor time over what the arithmetic takes at the rate of a matrix product
-    times = sorted(row["cpu_seconds"] * rate / row["flops"] for row in rows if "dtype" not in row)
-    result["time_over_arithmetic"] = {"least": times[0], "median": statistics.median(times), "most": times[-1]}
+    timed = [row for row in rows if "cpu_seconds" in row and "dtype" not in row]
+    times = sorted(row["cpu_seconds"] * rate / row["flops"] for row in timed)
+    if times:
+        middle = statistics.median(times)
+        result["time_over_arithmetic"] = {"least": times[0], "median": middle, "most": times[-1]}
     return result
 
 
 def _spread(errors: list[float]) -> dict[str, float]:
     sizes = [abs(each) for each in errors]
-    return {"median": statistics.median(sizes), "worst": max(sizes)}
+    return {"median": statistics.median(sizes), "worst": max(sizes)} if sizes else {}
 
 
 def large_cases() -> Iterator[dict[str, Any]]:
-    """Llama-2-7B, bf16: how long tracing takes, and the conditions of published figures."""
-    for method, storage, batch, length, train in (
-        ("lora", None, 1, 2048, {}),
-        ("lora", "nf4", 1, 2048, {}),
-        ("lean", None, 1, 2048, {}),
-        ("lamda", None, 1, 2048, {}),
-        ("lora", None, 4, 512, {}),
-        ("lora", None, 4, 512, CHECKPOINTING),
-        ("lora", None, 1, 1304, {}),
-        ("lora", "nf4", 1, 1304, {}),
+    """Llama, bf16: how long tracing takes; and, by the closed form alone, conditions of published figures."""
+    for name, method, storage, batch, length, train, traced in (
+        ("llama-2-7b", "lora", None, 1, 2048, {}, True),
+        ("llama-2-7b", "lora", "nf4", 1, 2048, {}, True),
+        ("llama-2-7b", "lean", None, 1, 2048, {}, True),
+        ("llama-2-7b", "lora", None, 4, 512, CHECKPOINTING, True),
+        ("llama-2-7b", "full", None, 4, 512, {}, False),
+        ("llama-2-7b", "lora", None, 4, 512, {}, False),
+        ("llama-2-7b", "lamda", None, 4, 512, {}, False),
+        ("llama-2-7b", "lora", None, 1, 1304, {}, False),
+        ("llama-2-7b", "lora", "nf4", 1, 1304, {}, False),
+        ("llama-3.1-8b", "lora", None, 2, 2048, CHECKPOINTING, False),
+        ("llama-3.1-8b", "lora", "nf4", 2, 2048, CHECKPOINTING, False),
+        ("llama-3.2-3b", "full", None, 4, 768, {}, False),
+        ("llama-3.2-3b", "lora", None, 4, 768, {}, False),
     ):
         how: dict[str, Any] = {"batch": batch, "length": length, "padded": False, "train": train}
-        config = shape("llama-2-7b", "causal-lm")
-        made = setting("llama-2-7b", "causal-lm", config, METHODS[method], "bfloat16", quantize=storage, **how)
-        began, cpu = time.perf_counter(), time.process_time()
-        traced = Tracer().trace(made)
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        yield {
-            "model": "llama-2-7b", "method": method if storage is None else f"{method}+{storage}", **how,
-            "traced": traced.peak, "closed_form": estimate(made).peak, "memory": vars(traced.memory),
-            "evaluation": traced.evaluation_peak, "flops": traced.flops, "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu, 1), "process_peak_bytes": peak_rss(),
-        }  # fmt: skip
+        config, lean = shape(name, "causal-lm"), METHODS[method]
+        made = setting(name, "causal-lm", config, lean, "bfloat16", quantize=storage, **how)
+        row = {"model": name, "method": method if storage is None else f"{method}+{storage}", **how}
+        closed = estimate(made)
+        row |= {"closed_form": closed.peak, "closed_form_memory": vars(closed.memory)}
+        yield row | (timed_trace(made) if traced else {})
+
+
+def timed_trace(made: Setting) -> dict[str, Any]:
+    """Traced, with what that took."""
+    began, cpu = time.perf_counter(), time.process_time()
+    figures = Tracer().trace(made)
+    return {
+        "traced": figures.peak, "memory": vars(figures.memory), "evaluation": figures.evaluation_peak,
+        "flops": figures.flops, "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1), "process_peak_bytes": peak_rss(),
+    }  # fmt: skip
 
 
 def large_in_own_process() -> list[dict[str, Any]]:
@@ -259,16 +285,33 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     rate = find_device("cpu").single or 1.0
+    written = {} if only or not RESULTS.is_file() else json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = {_key(row): row for row in written.get("cases", [])}
     rows = []
     for name, made in cases(only):
-        rows.append(name | compare(made))
-        print(line(rows[-1]), flush=True)
+        row = known.get(_key(name)) or name | compare(made)
+        rows.append(with_closed_form(row, made))
+        print(line(row), flush=True)
+        if not only:
+            write(rows, rate, written)
     print(json.dumps(summary(rows, rate), indent=2))
-    if only:
-        return
+    if not only and "large" not in written:
+        write(rows, rate, {"large": large_in_own_process()})
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What a case is called."""
+    names = ("model", "method", "batch", "length", "padded", "stage", "train", "dtype")
+    return json.dumps([row.get(name) for name in names])
+
+
+def write(rows: list[dict[str, Any]], rate: float, written: dict[str, Any]) -> None:
+    """The result so far; cases that are still to come stay as they were written before."""
+    now = {_key(row) for row in rows}
+    later = [row for row in written.get("cases", []) if _key(row) not in now and "closed_form" in row]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"versions": versions, "matmul_flops_per_second": rate, "summary": summary(rows, rate)}
-    result |= {"cases": rows, "large": large_in_own_process()}
+    result = {"versions": versions, "matmul_flops_per_second": rate, "summary": summary(rows + later, rate)}
+    result |= {"cases": rows + later} | {key: value for key, value in written.items() if key == "large"}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -49,7 +49,12 @@ def recipe(model: str, lean: dict[str, Any], path: str = "unused", **train: Any)
 
 
 def setting(
-    model: str, lean: dict[str, Any], stage: Any = "train", padded: bool = False, quantize: Any = None, **train: Any
+    model: str,
+    lean: dict[str, Any],
+    stage: Any = "train",
+    padded: bool = False,
+    quantize: Any = None,
+    **train: Any,
 ) -> Setting:
     """Four rows of 48 tokens."""
     return Setting(recipe(model, lean, **train), config(model), 4, 48, padded, stage, quantize=quantize)

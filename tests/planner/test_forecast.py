@@ -40,7 +40,9 @@ def test_both_engines_are_near_what_is_measured(case: str) -> None:
     assert traced.saved_activation_bytes == measure_saved(made)
     assert closed.peak == pytest.approx(real.peak, rel=0.2)
     assert closed.evaluation_peak == pytest.approx(real.evaluation_peak, rel=0.2)
-    assert (closed.parameters, closed.trained) == (traced.parameters, traced.trained)
+    rounding = 0.05 if made.recipe.lean.prune is not None else 0  # widths of fewer layers
+    assert closed.parameters == pytest.approx(traced.parameters, rel=rounding)
+    assert closed.trained == pytest.approx(traced.trained, rel=rounding)
     assert closed.flops == pytest.approx(traced.flops, rel=0.3)
 
 

@@ -140,7 +140,7 @@ def _evaluation_peak(shapes: Shapes, setting: Setting) -> int:
     caches = shapes.vocabulary > 0 and getattr(setting.config.get_text_config(), "use_cache", False)
     cache = tokens * shapes.all.cache if caches else 0
     layer = tokens * (2 * max(each.wide for each in shapes.layers) + 2 * shapes.hidden)
-    layer += _score_bytes(shapes, setting, tokens, 2) + shapes.dequantised
+    layer += _score_bytes(shapes, setting, tokens, shapes.passing_scores) + shapes.dequantised
     # stored, in float32 (unless they are), row by row for the kernel, log-softmax
     logits = tokens * shapes.vocabulary * (size + (4 if size < 4 else 0) + 8)
     communication = setting.sharing.communication(shapes.units)

@@ -84,7 +84,10 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     held += [p.grad for p in model.parameters() if p.grad is not None]
     held += [value for state in optimizer.state.values() for value in state.values()]
     for module in model.modules():
-        states = [getattr(module, "state", None), getattr(getattr(module, "weight", None), "quant_state", None)]
+        states = [
+            getattr(module, "state", None),
+            getattr(getattr(module, "weight", None), "quant_state", None),
+        ]
         states += [getattr(state, "state2", None) for state in states]
         held += [value for state in states if state is not None for value in vars(state).values()]
     return [value for value in held if isinstance(value, Tensor)]

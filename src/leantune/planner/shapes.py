@@ -85,6 +85,7 @@ class Shapes:
         outside: Bytes a token that is kept outside the layers: embeddings' norm and dropout.
         layers: In order.
         scores: Matrices of scores that attention keeps; 0 where it is fused.
+        passing_scores: That it has at a time in evaluation, where nothing is dropped out.
         vocabulary: Of a head over all tokens, else 0.
         head_products: Multiply-adds a token of the output head.
     """
@@ -97,6 +98,7 @@ class Shapes:
     outside: int
     layers: tuple[Layer, ...]
     scores: float
+    passing_scores: float
     vocabulary: int
     head_products: int
 
@@ -144,6 +146,7 @@ def read_shapes(model: nn.Module, groups: tuple[Group, ...], setting: Setting) -
         outside=_outside(head, hidden, setting),
         layers=tuple(read),
         scores=_scores(head, setting),
+        passing_scores=_passing_scores(head),
         vocabulary=vocabulary,
         head_products=vocabulary * hidden,
     )
@@ -180,6 +183,13 @@ def _scores(head: nn.Module, setting: Setting) -> float:
             3.25 if setting.recipe.lean.tokens is None else 5.25
         )  # ours, for chosen queries, keeps two more
     return 0 if _is_fused(head, setting) else 3
+
+
+def _passing_scores(head: nn.Module) -> float:
+    config: Any = head.config
+    if any(is_disentangled(m) for m in head.modules()):
+        return 5
+    return 2 if config._attn_implementation == "eager" else 0
 
 
 def _is_fused(head: nn.Module, setting: Setting) -> bool:

@@ -26,6 +26,8 @@ def parse_size(text: str, key: str = "--memory") -> int:
     """
     found = _SIZE.fullmatch(text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if re.fullmatch(r"\s*[0-9]+(?:\.[0-9]+)?\s*", text):
+        raise UserError(f"{key} = {text!r}: a size needs a unit, write {text.strip()}GiB")
     if found is None or found[2].lower() not in units or float(found[1]) <= 0:
         raise UserError(
             f"{key} = {text!r}: must be a number with a unit, KiB, MiB, GiB, TiB or KB … TB: 24GiB"

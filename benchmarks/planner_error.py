@@ -2,16 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planner_error.py [--only llama,bert] [--large]
 
-Small random models of eight architectures and three real shapes; the methods; batches with and without padding,
-checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed). Measured: the
-allocator's reports under torch's profiler during one real training step on one thread, with the optimizer's
-state in place; the same to the byte in every run. Traced: the same step on fake tensors. Closed form: from
-shapes. Besides: saved activations, the peak of an evaluation batch, and processor time against the arithmetic
-at the rate of a matrix product.
+Small random models of eight architectures and three real shapes; the methods; batches with and without
+padding, checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed).
+Measured: the allocator's reports under torch's profiler during one real training step on one thread, with the
+optimizer's state in place; the same to the byte in every run. Traced: the same step on fake tensors. Closed
+form: from shapes. Besides: saved activations, the peak of an evaluation batch, and processor time against the
+arithmetic at the rate of a matrix product.
 
 Then Llama-2-7B, traced (seconds and the process's memory) and by the closed form, in a process of its own.
-Writes benchmarks/results/planner_error.json after every case; the same command again goes on where it stopped,
-and computes the closed form, which is instant, anew. Some ten minutes on an idle machine, and 2 GB.
+Writes benchmarks/results/planner_error.json after every case; the same command again goes on where it
+stopped, and computes the closed form, which is instant, anew. Some ten minutes on an idle machine, and 2 GB.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _notes(plan: Plan, unit: str) -> Iterator[str]:
         after = format_bytes(pruned.train.peak)
         yield f"{pruned.name}: the peak of its first stage; {after} once heads and neurons are cut"
     if any(row.largest is not None and row.largest.engine == "closed form" for row in plan.rows):
-        yield "≈ by the closed form: median error 4 %, worst 20 %; --trace runs every model's code instead"
+        yield "≈ by the closed form: 4 % off as a rule, at worst 20 %; --trace runs every model's code"
     yield f"{unit}, split at the moment of the peak. ▸ the recipe. Step on {plan.device.basis}."
 
 

@@ -153,7 +153,7 @@ def quantised_cases() -> Iterator[tuple[dict[str, Any], Setting]]:
         for method, dtype in (("lora", "float32"), ("lora", "bfloat16"), ("lamda", "bfloat16")):
             how = {"batch": 4, "length": 128, "padded": False, "stage": "train", "train": {}}
             task, config = MODELS["llama"]
-            made = setting("llama", task, config, METHODS[method], dtype, quantize=storage, **how)
+            made = setting("llama", task, config, METHODS[method] | {"quantize": storage}, dtype, **how)
             yield {"model": "llama", "method": f"{method}+{storage}", "dtype": dtype, **how}, made
 
 
@@ -244,8 +244,8 @@ def large_cases() -> Iterator[dict[str, Any]]:
         ("llama-3.2-3b", "lora", None, 4, 768, {}, False),
     ):
         how: dict[str, Any] = {"batch": batch, "length": length, "padded": False, "train": train}
-        config, lean = shape(name, "causal-lm"), METHODS[method]
-        made = setting(name, "causal-lm", config, lean, "bfloat16", quantize=storage, **how)
+        config, lean = shape(name, "causal-lm"), METHODS[method] | {"quantize": storage}
+        made = setting(name, "causal-lm", config, lean, "bfloat16", **how)
         row = {"model": name, "method": method if storage is None else f"{method}+{storage}", **how}
         closed = estimate(made)
         row |= {"closed_form": closed.peak, "closed_form_memory": vars(closed.memory)}

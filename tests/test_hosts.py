@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import HfQuantizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -35,6 +38,20 @@ def test_training_arguments_have_what_recipes_set() -> None:
         "logging_nan_inf_filter",
     ):
         assert name in fields
+
+
+def test_quantisation_has_what_we_touch() -> None:
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    int8 = pytest.importorskip("torchao.quantization").Int8Tensor
+    source = inspect.getsource(modules.Linear4bit)
+    for name in ("support_avx512bf16_for_cpu", "packing_format_for_cpu", "compute_type_is_set"):
+        assert name in source
+    layer = modules.Linear8bitLt(8, 4, has_fp16_weights=False).to("cpu")
+    assert hasattr(layer.weight, "SCB") and layer.state.SCB is None
+    assert "act_quant_kwargs" in int8.optional_tensor_attribute_names
+    assert "compute_dtype" in inspect.getsource(BaseTunerLayer._get_base_layer_device_and_dtype)
+    assert "source_cls" in inspect.getsource(replace_with_bnb_linear)
+    assert callable(HfQuantizer.remove_quantization_config)
 
 
 def test_import_is_light_and_help_is_quick() -> None:

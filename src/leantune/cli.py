@@ -68,7 +68,7 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "peft", "accelerate", "datasets", "torch"):
+        for name in ("transformers", "peft", "accelerate", "datasets", "torch", "torchao", "bitsandbytes"):
             logging.getLogger(name).setLevel(logging.ERROR)
         command(*args, **kwargs)
 
@@ -261,7 +261,7 @@ def plan(
         str | None, typer.Option(help="With --gpus: ddp | zero1 | zero2 | zero3 | fsdp.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names as of `leantune compare`, and qlora; recipe: no others.")
+        str | None, typer.Option(help="Names as of `leantune compare`; recipe: no others.")
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Trace all rows, not the recipe's alone.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="Trace nothing: the closed form, instant.")] = False,
@@ -320,6 +320,8 @@ def export(
         return
     difference = f"largest difference {done.max_abs_difference:.1e}"
     typer.echo(f"{done.folder}: {done.kind}, outputs equal to the run's ({difference})")
+    if done.base is not None:
+        typer.echo(done.base)
 
 
 @app.command()

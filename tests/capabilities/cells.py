@@ -57,7 +57,7 @@ class Cell:
 
     def recipe(self, name: str, **train: Any) -> Recipe:
         """A recipe of six steps (and three of estimation), with a checkpoint in the middle."""
-        settings = dict(SETTINGS[self.method])
+        settings = dict(SETTINGS[self.method]) | train.pop("lean", {})
         if "prune" in settings:
             settings["prune"] = {**settings["prune"], "estimate_steps": STOP}
         model = {"task": self.task} | train.pop("model", {})
@@ -166,6 +166,13 @@ def _accumulation(cell: Cell) -> None:
     assert 0.5 < four / one < 2
 
 
+def _quantised(cell: Cell) -> None:
+    """Trained on a base in 4 bits, and the same when it is opened again."""
+    run = leantune.train(cell.recipe("nf4", steps=2, lean={"quantize": "nf4"}), console=quiet())
+    assert run.metrics["parameters"]["quantized"] > 0
+    assert leantune.evaluate(run.folder) == run.metrics["evaluation"]
+
+
 def _export(kind: str) -> Callable[[Cell], None]:
     def export(cell: Cell) -> None:
         leantune.export(cell.whole, kind, cell.place / kind)
@@ -180,6 +187,7 @@ ABILITIES: dict[str, Callable[[Cell], None]] = {
     "bf16": _bf16,
     "checkpointing": _checkpointing,
     "accumulation": _accumulation,
+    "quantised": _quantised,
     "export lora": _export("lora"),
     "export merged": _export("merged"),
     "export pruned": _export("pruned"),

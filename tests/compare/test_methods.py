@@ -14,7 +14,23 @@ from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.recipes.loading import validate
 
-NAMES = [*PARTS, "lamda+tokentune", "bottleneck+light-peft", "full+tokentune", "lean+ckpt", "recipe+ckpt"]
+NAMES = [
+    *PARTS,
+    "lamda+tokentune",
+    "bottleneck+light-peft",
+    "full+tokentune",
+    "lean+ckpt",
+    "recipe+ckpt",
+    "lamda+nf4",
+]
+
+
+def test_lean_chooses_tokens_as_the_head_reads_them() -> None:
+    for task, strategy in (("classification", "attention"), ("causal-lm", "random")):
+        recipe = make()
+        recipe.model.task = task
+        lean = plan_methods(recipe, ["lean"], {}, 100)[0].settings["lean"]
+        assert (lean["tokens"]["strategy"], lean["adapter"]["type"]) == (strategy, "lamda")
 
 
 def make(lean: dict[str, Any] | None = None, **train: Any) -> Recipe:
@@ -49,6 +65,8 @@ def test_what_the_names_say() -> None:
     assert kinds["lean"] == kinds["lamda+tokentune"] == "lamda"
     assert lean["lean"]["adapter"]["r"] == 32 and lean["lean"]["tokens"]["keep"] == 0.25
     assert lean["light-peft"]["prune"]["modules"] == 0.5 and lean["lora"]["prune"] is None
+    assert lean["qlora"] == lean["nf4"] and kinds["lamda+nf4"] == "lamda"
+    assert lean["lamda+nf4"]["quantize"] == "nf4" and lean["lora"]["quantize"] is None
     assert plan("lora+ckpt").settings["train"] == {"gradient_checkpointing": True}
     assert set(DEFAULT_METHODS) <= set(PARTS)
 
@@ -108,6 +126,9 @@ def test_rates() -> None:
             "full+light-peft",
             "methods: 'full+light-peft': light-peft prunes base and adapter together, full",
         ),
+        ("full+nf4", "methods: 'full+nf4': full trains the base itself"),
+        ("qlora+nf4", "methods: 'qlora+nf4': qlora and nf4 both set quantize"),
+        ("lean+nf4", "methods: 'lean+nf4': packed weights cannot be pruned"),
         ("recipe+tokentune", "methods: 'recipe+tokentune': recipe says all of lean itself"),
     ],
 )

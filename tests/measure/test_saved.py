@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -52,6 +54,28 @@ def test_frozen_layers_keep_less() -> None:
 def test_checkpointing_keeps_the_input_alone() -> None:
     assert saved_activation_bytes(Net("checkpointed"), x()) == ONE
     assert saved_activation_bytes(Net("reentrant"), x()) == ONE
+
+
+class Keeper(torch.autograd.Function):
+    """Keeps its input and a float copy past `save_for_backward`, as bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.A, ctx.tensors = x, (None, x.to(torch.float64), torch.arange(9))
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_what_functions_keep_as_attributes_counts() -> None:
+    net = Net()
+    net.requires_grad_(False)
+    found = saved_storages(lambda: net(Keeper.apply(torch.randn(ROWS, WIDTH, requires_grad=True))))
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = sorted(size for place, size in found.items() if place not in weights)
+    assert kept == [ONE, ONE, 2 * ONE]  # the ReLU's output; x and its copy in float64
 
 
 def test_what_dies_before_the_end_does_not_count() -> None:

@@ -53,8 +53,7 @@ def setting(
     lean: dict[str, Any],
     stage: Any = "train",
     padded: bool = False,
-    quantize: Any = None,
     **train: Any,
 ) -> Setting:
     """Four rows of 48 tokens."""
-    return Setting(recipe(model, lean, **train), config(model), 4, 48, padded, stage, quantize=quantize)
+    return Setting(recipe(model, lean, **train), config(model), 4, 48, padded, stage)

@@ -49,22 +49,22 @@ def test_both_engines_are_near_what_is_measured(case: str) -> None:
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_quantised_bases_are_near_bitsandbytes(storage: str) -> None:
     pytest.importorskip("bitsandbytes")
-    made = setting("llama", {"adapter": LORA}, quantize=storage)
+    made = setting("llama", {"adapter": LORA, "quantize": storage})
     real = measure(made).peak
     assert trace(made).peak == pytest.approx(real, rel=0.02)
     assert estimate(made).peak == pytest.approx(real, rel=0.2)
 
 
 def test_quantised_weights_take_the_bytes_that_they_should() -> None:
-    plain, packed = (setting("llama", {"adapter": LORA}, quantize=how) for how in (None, "nf4"))
+    plain, packed = (setting("llama", {"adapter": LORA, "quantize": how}) for how in (None, "nf4"))
     base = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)  # weights in the layers' linear maps
     for engine in (trace, estimate):
         saved = engine(plain).memory.weights - engine(packed).memory.weights
         assert saved == base * 4 - base // 2
         scales = engine(packed).memory.quantization
         assert base // 64 < scales < base // 64 + 40_000  # a byte for 64, small tables; a weight in use
-    with pytest.raises(UserError, match="lean.quantize = 'nf4': quantised weights cannot be trained"):
-        estimate(setting("llama", {}, quantize="nf4"))
+    with pytest.raises(UserError, match="lean.quantize = 'int8-torchao': a plan is made for nf4, fp4, int8"):
+        estimate(setting("llama", {"adapter": LORA, "quantize": "int8-torchao"}))
 
 
 def test_mixed_precision_is_traced() -> None:

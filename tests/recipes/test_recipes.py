@@ -78,7 +78,7 @@ def test_overrides_reach_any_depth(recipe_file: Path) -> None:
         ("train=3", "train = 3: must be a group of keys"),
         ("lean.prune.heads=1", 'lean.prune.heads = 1: must be a share in [0, 1), as a number or as "1/3"'),
         ("lean.prune={head: 0.3}", "lean.prune.head: unknown key; did you mean heads?"),
-        ("lean.quantize=nf4", "lean.quantize = 'nf4': not in this release"),
+        ("lean.quantize=nf5", "lean.quantize = 'nf5': accepted are 'nf4', 'fp4', 'int8' or 'int8-torchao'"),
         ("lean.tokens={keep: 0}", "lean.tokens.keep = 0: must be a whole number above 0, or a share"),
         ("lean.tokens={keep: 1.5}", "lean.tokens.keep = 1.5: must be"),
         ("train.num_train_epochs=3", "train.num_train_epochs: write train.epochs instead"),

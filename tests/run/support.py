@@ -41,6 +41,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prune": {"estimate_steps": 4, "heads": 0.5, "neurons": 0.5, "neurons_scope": "layer"},
         "tokens": {"keep": 0.5},
     },
+    "lora+int8": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "quantize": "int8"},
+    "lamda+tokentune+int8-torchao": {
+        "adapter": {"type": "lamda", "r": 4},
+        "tokens": {"keep": 0.5},
+        "quantize": "int8-torchao",
+    },  # fmt: skip
     "lora+tokentune": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}, "tokens": {"keep": 4}},
 }
 

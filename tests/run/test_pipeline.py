@@ -128,19 +128,16 @@ def _opens_without_leantune(finished: Any, folder: Path) -> None:
     model, tokenizer = leantune.load(finished.folder)
     with torch.no_grad():
         expected = model(**tokenizer("my card has not arrived", return_tensors="pt")).logits
+    shown = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     script = f"""
-import json, sys, torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-config = AutoConfig.from_pretrained({str(folder)!r})
-base = AutoModelForSequenceClassification.from_pretrained({finished.recipe.model.path!r}, config=config)
-model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
-logits = model(**tokenizer("my card has not arrived", return_tensors="pt")).logits
+import json, sys
+{shown}
+logits = model.eval()(**tokenizer("my card has not arrived", return_tensors="pt")).logits
 assert "leantune" not in sys.modules
 print(json.dumps([logits.tolist(), model.config.id2label[0]]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     logits, label = json.loads(done.stdout.splitlines()[-1])
     assert label == "card_lost"
     assert (torch.tensor(logits) - expected).abs().max() <= 1e-5

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from leantune import UserError
 from leantune.tokentune import STRATEGIES, TokenTuneConfig, chosen_tokens, token_tune
 from leantune.tokentune.choose import Candidates, choose, generator_for
-from tests.tiny_models import PAD, batch_for, tiny
+from tests.tiny_models import EOS, PAD, batch_for, tiny
 
 
 @pytest.mark.parametrize("keep", [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, "0.5", None])
@@ -157,6 +157,34 @@ def test_attention_strategy_agrees_with_the_attention_matrix() -> None:
     top = weights.mean((1, 2)).topk(5).indices.sort(1).values
     kept = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(chosen_tokens(model), top, strict=True))
     assert kept >= 12  # of 15: [CLS] takes at most one place a row
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("family", "padding"),
+    [("bert", "right"), ("llama", "left"), ("llama", "right"), ("gpt2", "right"), ("bart", None)],
+)
+def test_attention_strategy_asks_the_position_that_feeds_the_head(
+    family: str, padding: str | None, attention: str
+) -> None:
+    batch = batch_for(family, "classification", padding=padding)
+    with torch.no_grad():
+        eager = tiny(family, "classification", dtype=torch.float32)
+        found = eager(**batch, output_attentions=True)
+        weights = found.decoder_attentions[-1] if family == "bart" else found.attentions[-1]
+    ids = batch["input_ids"]
+    pooled = torch.zeros(3, dtype=torch.long)
+    if family in ("llama", "gpt2"):
+        pooled = ((ids != PAD) * torch.arange(ids.size(1))).argmax(1)
+    if family == "bart":
+        pooled = ((ids == EOS) * torch.arange(ids.size(1))).argmax(1)
+    given = weights.mean(1)[torch.arange(3), pooled]  # (batch, n)
+    given[torch.arange(3), pooled] = 1.0  # always chosen
+    special = ids.ne(PAD).long().argmax(1) if family == "bert" else pooled
+    given[torch.arange(3), special] = 1.0
+    model = tiny(family, "classification", dtype=torch.float32, attn_implementation=attention)
+    token_tune(model, TokenTuneConfig(4, "attention")).train()(**batch)
+    assert torch.equal(chosen_tokens(model), given.topk(4).indices.sort(1).values)
 
 
 def test_a_strategy_that_means_nothing_for_the_head() -> None:

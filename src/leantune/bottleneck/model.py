@@ -14,6 +14,7 @@ from leantune.bottleneck.config import BottleneckConfig
 from leantune.bottleneck.layer import NOT_MERGEABLE, BottleneckLinear
 from leantune.errors import UserError
 from leantune.peft_methods import MixedBatch
+from leantune.peft_methods.quantised import make_trainable
 
 
 class BottleneckModel(MixedBatch):
@@ -70,6 +71,7 @@ class BottleneckModel(MixedBatch):
 
     def _new_layer(self, target: nn.Module, name: str) -> BottleneckLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        make_trainable(base, name)
         known = isinstance(base, nn.Linear | Conv1D)
         if not known and resolve_quantization_backend(base, **get_quantization_kwargs(self)) is None:
             raise ValueError(

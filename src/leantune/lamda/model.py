@@ -17,6 +17,7 @@ from leantune.errors import UserError
 from leantune.lamda.config import LamdaConfig
 from leantune.lamda.layer import LamdaLinear
 from leantune.peft_methods import MixedBatch
+from leantune.peft_methods.quantised import make_trainable
 
 
 class LamdaModel(MixedBatch):
@@ -67,6 +68,7 @@ class LamdaModel(MixedBatch):
 
     def _new_layer(self, target: nn.Module, name: str) -> LamdaLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        make_trainable(base, name)
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self))
         if backend is not None and not backend.supports_merge:
             raise UserError(

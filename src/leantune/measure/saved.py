@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class _Held:
@@ -39,16 +40,43 @@ def saved_storages(forward: Callable[[], Any], exclude: Collection[int] = frozen
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda handle: handle.tensor):
         result = forward()
+    alive = [handle.tensor for reference in held if (handle := reference()) is not None]
     storages: dict[int, int] = {}
-    for reference in held:
-        handle = reference()
-        if handle is None:
-            continue
-        storage = handle.tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in exclude:
-            storages[storage.data_ptr()] = storage.nbytes()
+    for tensor in (*alive, *_kept_by_functions(result)):
+        for storage in storages_of(tensor):
+            if storage.nbytes() and storage.data_ptr() not in exclude:
+                storages[storage.data_ptr()] = storage.nbytes()
     del result
     return storages
+
+
+def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Give a tensor's storage; those of its parts where it is made of several (torchao's weights are)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from storages_of(getattr(tensor, name))
+
+
+def _kept_by_functions(result: Any) -> Iterator[Tensor]:
+    """Tensors that autograd functions keep as plain attributes (bitsandbytes does), past every hook."""
+    outputs = result.values() if isinstance(result, Mapping) else _listed(result)
+    todo = [tensor.grad_fn for tensor in outputs if isinstance(tensor, Tensor)]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+        kept = vars(node).values() if hasattr(node, "__dict__") else ()
+        tensors = (one for value in kept for one in _listed(value) if isinstance(one, Tensor))
+        yield from (one for one in tensors if one.is_floating_point())  # no random states
+
+
+def _listed(value: Any) -> Collection[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 def saved_activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -65,7 +93,7 @@ def saved_activation_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
     Returns:
         Size in bytes.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {s.data_ptr() for t in (*model.parameters(), *model.buffers()) for s in storages_of(t)}
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:

@@ -35,7 +35,7 @@ class Advice:
 
     Attributes:
         fitting: Settings that fit, least change of the recipe first; at most one a method.
-        recipes: Name of each → the recipe, or None where this release cannot train it.
+        recipes: Name of each → the recipe.
         room: Name of each → how far it could go.
     """
 
@@ -45,8 +45,8 @@ class Advice:
 
     @property
     def best(self) -> Forecast | None:
-        """The least change that can be trained."""
-        return next((row for row in self.fitting if row.trainable), None)
+        """The least change."""
+        return self.fitting[0] if self.fitting else None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -72,13 +72,13 @@ def advise(
     for row, forecast in zip(rows, forecasts, strict=True):
         forecaster.announce(len(found), len(rows), f"{row.name}: what fits")
         made = None if forecast.train is None else _made_to_fit(row, forecast, base, budget, forecaster)
-        if made is not None and not any(_equal(made[0], other) for other, _ in found):
+        if made is not None and not any(made[0].recipe == other.recipe for other, _ in found):
             found.append(made)
     order = sorted(range(len(found)), key=lambda i: (_disturbance(found[i][1]), _work(found[i]), i))
     ranked = [found[i] for i in order]
     return Advice(
         tuple(forecast for _, forecast in ranked),
-        {row.name: None if row.quantize else row.recipe for row, _ in ranked},
+        {row.name: row.recipe for row, _ in ranked},
         {row.name: _room(row, forecast, base, budget, forecaster) for row, forecast in ranked},
     )
 
@@ -135,10 +135,7 @@ def _variants(row: Row, recipe: Any) -> Iterator[Row]:
 
 def _with(row: Row, recipe: Any, changes: Changes, words: str) -> Row:
     """The row with further changes of the recipe."""
-    more = row.changes | changes
-    said = {key: value for key, value in more.items() if not (row.quantize and key == "lean.quantize")}
-    made = changed(recipe, said, row.name + words)
-    return replace(made, quantize=row.quantize, changes=more)
+    return changed(recipe, row.changes | changes, row.name + words)
 
 
 def _evaluate_less(
@@ -156,10 +153,6 @@ def _evaluate_less(
         train = replace(forecast.train, evaluation_peak=peak)
         forecast = replace(forecast, train=train, changes=row.changes)
     return row, forecast
-
-
-def _equal(one: Row, other: Row) -> bool:
-    return one.recipe == other.recipe and one.quantize == other.quantize
 
 
 def _disturbance(row: Forecast) -> int:

@@ -90,7 +90,6 @@ class Forecast:
         step_seconds: Of an optimizer step of the main stage, by its arithmetic; None: not known.
         refused: Why the method does not work on the model, in one line.
         note: What else there is to say, in one line.
-        trainable: Whether this release can train it.
     """
 
     name: str
@@ -102,7 +101,6 @@ class Forecast:
     step_seconds: float | None = None
     refused: str | None = None
     note: str | None = None
-    trainable: bool = True
 
     @property
     def largest(self) -> Figures | None:

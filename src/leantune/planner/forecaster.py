@@ -47,7 +47,7 @@ class Forecaster:
         """
         if traced is None:
             traced = self.trace == "all" or (self.trace == "own" and not row.changes)
-        forecast = Forecast(row.name, not row.changes, row.changes, trainable=row.quantize is None)
+        forecast = Forecast(row.name, not row.changes, row.changes)
         setting = self.setting(base, row)
         try:
             with quiet_transformers():
@@ -62,7 +62,7 @@ class Forecaster:
 
     def setting(self, base: Setting, row: Row) -> Setting:
         """What a row trains."""
-        return replace(base, recipe=row.recipe, batch=row.recipe.train.batch_size, quantize=row.quantize)
+        return replace(base, recipe=row.recipe, batch=row.recipe.train.batch_size)
 
     def _figures(self, setting: Setting, traced: bool) -> dict[str, Any]:
         if not traced:

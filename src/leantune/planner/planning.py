@@ -94,7 +94,7 @@ def plan(
         device: `cpu`, `cuda`, or a GPU's name (`leantune.planner.devices`); default: what is here.
         gpus: Processes, one GPU each.
         strategy: How they share the model: `ddp`, `zero1`, `zero2`, `zero3`, `fsdp`.
-        methods: Names as of `leantune.compare`, and `qlora`; default: a usual choice. Empty: none.
+        methods: Names as of `leantune.compare`; default: a usual choice. Empty: none.
         trace: Whose figures come from running the model's code on fake tensors: nobody's, the recipe's own
             or everybody's. The rest is by the closed form, instant and rougher. A model that cannot be traced
             gets the closed form in any case, and its row says so.

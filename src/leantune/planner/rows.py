@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-from leantune.comparison.methods import PARTS, parse_methods
 from leantune.comparison.methods import changes as method_changes
-from leantune.planner.quantized import Storage
+from leantune.comparison.methods import parse_methods
 from leantune.planner.setting import is_checkpointed
 from leantune.recipes import Recipe
 from leantune.recipes.schema import USUAL_LEARNING_RATE
@@ -22,7 +19,6 @@ Changes = dict[str, Any]
 SHARES = (0.5, 0.25, 0.1)
 RATIOS = ("1/3", "1/2")
 CHECKPOINTING = "train.gradient_checkpointing"
-QUANTIZE = "lean.quantize"
 # (method, what is varied in it); a checkpointed variant is left out where the recipe has checkpointing.
 DEFAULT: tuple[tuple[str, Changes], ...] = (
     ("full", {}),
@@ -47,13 +43,11 @@ class Row:
         name: For the table.
         recipe: What is forecast.
         changes: Dotted key → value, against the recipe that the plan is for; empty for that recipe itself.
-        quantize: How the base is stored, where the schema has no word for it: then it is a forecast only.
     """
 
     name: str
     recipe: Recipe
     changes: Changes
-    quantize: Storage | None = None
 
 
 def own_row(recipe: Recipe) -> Row:
@@ -66,7 +60,7 @@ def alternatives(recipe: Recipe, methods: Sequence[str] | None = None) -> list[R
 
     Args:
         recipe: Whose own settings hold where they are of the same kind.
-        methods: Names as of `leantune compare`, and `qlora`; None: a usual choice.
+        methods: Names as of `leantune compare`; None: a usual choice.
 
     Raises:
         UserError: A name is unknown.
@@ -75,31 +69,19 @@ def alternatives(recipe: Recipe, methods: Sequence[str] | None = None) -> list[R
         wanted = [(n, c) for n, c in DEFAULT if not (n.endswith("+ckpt") and is_checkpointed(recipe))]
     else:
         if methods:
-            parse_methods([_plain(name) for name in methods])
+            parse_methods(methods)
         wanted = [(name, {}) for name in methods if name != "recipe"]
     rows = [_row(recipe, name, varied) for name, varied in wanted]
-    return [row for row in rows if row.quantize or not same(row.recipe, recipe)]
-
-
-def _plain(name: str) -> str:
-    """`qlora` is LoRA on a quantised base; a release that has no such method calls it `lora`."""
-    return "+".join("lora" if part == "qlora" and part not in PARTS else part for part in name.split("+"))
+    return [row for row in rows if not same(row.recipe, recipe)]
 
 
 def _row(recipe: Recipe, name: str, varied: Changes) -> Row:
-    lean, train = method_changes(_plain(name), recipe)
+    lean, train = method_changes(name, recipe)
     for key, settings in varied.items():
         lean[key] = (lean.get(key) or {}) | settings
     changes: Changes = {f"lean.{key}": lean.get(key) for key in ("adapter", "prune", "tokens", "quantize")}
     changes |= {f"train.{key}": value for key, value in train.items()}
-    label = name + "".join(f" {_label(settings)}" for settings in varied.values())
-    if "qlora" not in name.split("+"):
-        return changed(recipe, changes, label)
-    try:
-        return changed(recipe, changes | {QUANTIZE: "nf4"}, label)
-    except ValidationError:  # a release that cannot train it
-        row = changed(recipe, changes, label)
-        return Row(row.name, row.recipe, row.changes | {QUANTIZE: "nf4"}, quantize="nf4")
+    return changed(recipe, changes, name + "".join(f" {_label(settings)}" for settings in varied.values()))
 
 
 def _label(settings: Changes) -> str:
@@ -120,8 +102,6 @@ def changed(recipe: Recipe, changes: Changes, name: str | None = None) -> Row:
         changes: Dotted key → value.
         name: Default: says what the method is.
 
-    Raises:
-        ValidationError: The schema does not accept it.
     """
     data = recipe.to_dict()
     if recipe.train.learning_rate == USUAL_LEARNING_RATE[recipe.lean.adapter.type]:

@@ -36,7 +36,6 @@ class Setting:
             attention with dropout keeps no scores there.
         stage: `train`: the run's main stage, with nothing frozen yet (of a pruned run: after the cut).
             `estimate`: the masked first stage of a pruned run. `frozen`: after LaMDA froze all of B.
-        quantize: How the base is stored, where the recipe does not say.
         sharing: Over how many processes, and how.
         evaluates: Whether the run evaluates at all.
     """
@@ -48,7 +47,6 @@ class Setting:
     padded: bool
     stage: Stage = "train"
     device: Device = "cpu"
-    quantize: Storage | None = None
     sharing: Sharing = Sharing()
     evaluates: bool = True
 
@@ -60,8 +58,8 @@ class Setting:
     @property
     def storage(self) -> Storage | None:
         """How the base's linear layers are stored; None: in `dtype`."""
-        own: Any = self.recipe.lean.quantize
-        return own if own is not None else self.quantize
+        kind: Any = self.recipe.lean.quantize
+        return kind
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,10 +127,6 @@ def check(setting: Setting) -> None:
         )
     if setting.storage is not None and setting.storage not in STORAGES:
         raise UserError(f"lean.quantize = {setting.storage!r}: a plan is made for {', '.join(STORAGES)}")
-    if setting.storage is not None and recipe.lean.adapter.type == "none":
-        raise UserError(
-            f"lean.quantize = {setting.storage!r}: quantised weights cannot be trained; set an adapter"
-        )
     optimizer = arguments(recipe).get("optim", OPTIMIZERS[0])
     if optimizer not in OPTIMIZERS:
         raise UserError(f"train.optim = {optimizer!r}: a plan is made for {' or '.join(OPTIMIZERS)}")

@@ -132,8 +132,6 @@ def _notes(plan: Plan, unit: str) -> Iterator[str]:
         said = row.refused or row.note
         if said is not None:
             yield f"{row.name}: {said}"
-        if not row.trainable:
-            yield f"{row.name}: a forecast only, this release cannot train it"
     pruned = next((row for row in plan.rows if row.estimate is not None and row.train is not None), None)
     if pruned is not None and pruned.train is not None:
         after = format_bytes(pruned.train.peak)

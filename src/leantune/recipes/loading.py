@@ -116,8 +116,6 @@ def _line(data: Mapping[str, Any], details: ErrorDetails) -> str:
     if kind in _BOUND:
         word, name = _BOUND[kind]
         return f"{given}: must be {word} {context[name]}"
-    if kind == "none_required" and keys[:1] == ["lean"]:
-        return f"{given}: not in this release, accepted is null"
     if kind in _WHAT:
         return f"{given}: must be {_WHAT[kind]}"
     return f"{given}: {details['msg'].removeprefix('Value error, ')}"

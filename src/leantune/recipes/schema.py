@@ -207,12 +207,22 @@ class LeanRecipe(Strict):
     adapter: AdapterRecipe = FullRecipe(type="none")
     prune: PruneRecipe | None = None
     tokens: TokensRecipe | None = None
-    quantize: None = Field(None, description="quantised base: not in this release, must be null")
+    quantize: Literal["nf4", "fp4", "int8", "int8-torchao"] | None = Field(
+        None, description="hold the base's layers in 4 or 8 bits; null: as model.dtype says"
+    )
 
     @model_validator(mode="after")
     def _prune_needs_an_adapter(self) -> LeanRecipe:
         if self.prune is not None and self.adapter.type == "none":
             raise ValueError("prune works on base and adapter together: set lean.adapter, to lora say")
+        return self
+
+    @model_validator(mode="after")
+    def _quantize_needs_an_adapter(self) -> LeanRecipe:
+        if self.quantize is not None and self.adapter.type == "none":
+            raise ValueError("quantize leaves nothing to train in the base: set lean.adapter, to lora say")
+        if self.quantize is not None and self.prune is not None:
+            raise ValueError("quantize and prune exclude each other: packed weights cannot be cut")
         return self
 
 
@@ -265,6 +275,7 @@ class Recipe(Strict):
         adapter = self.lean.adapter.type
         parts = ["light-peft"] if self.lean.prune is not None else []
         parts += ["tokentune"] if self.lean.tokens is not None else []
+        parts += [self.lean.quantize] if self.lean.quantize is not None else []
         if adapter != "none" or not parts:
             parts.insert(0, "full" if adapter == "none" else adapter)
         return "+".join(parts)

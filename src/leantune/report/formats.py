@@ -33,6 +33,10 @@ _METHODS = {
     "light-peft": "Light-PEFT",
     "bottleneck": "Adapter",
     "ckpt": "checkpointing",
+    "nf4": "NF4 base",
+    "fp4": "FP4 base",
+    "int8": "8-bit base",
+    "int8-torchao": "8-bit base (torchao)",
 }
 
 

@@ -16,6 +16,7 @@ from leantune.run.models import BUNDLED
 
 OPTIONAL = {
     "bitsandbytes": "quantised bases: pip install 'leantune[quant]'",
+    "torchao": "quantised bases: pip install 'leantune[quant]'",
     "trl": "chat trainers: pip install 'leantune[chat]'",
     "gguf": "GGUF files: pip install 'leantune[gguf]'",
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from leantune.anatomy import find_groups
+from leantune.anatomy import find_groups, find_head
 from leantune.errors import UserError
 from leantune.lamda import lamda_to_lora, save_as_lora
 from leantune.lightpeft import Adapter, grow, plain_config, take
@@ -22,6 +22,8 @@ from leantune.run.evaluation import evaluate_split
 from leantune.run.folder import whole_folder, write_text
 from leantune.run.loading import LoadedRun, attach_saved, base_for_run, open_run
 from leantune.run.models import load_base, quiet_transformers, resolve
+from leantune.run.quantization import KINDS as QUANTISED
+from leantune.run.quantization import dequantise, quantization_code
 
 KINDS = ("lora", "merged", "pruned")
 FIXED_TEXTS = ("The quick brown fox jumps over the lazy dog.", "Where is my card? It was sent 2 weeks ago!")
@@ -39,12 +41,14 @@ class Exported:
         max_abs_difference: Of logits on fixed inputs.
         evaluation: Of a pruned run's adapter on the whole base, which is another model and not an equal one:
             `{"run": {metric: value}, "recovered": {metric: value}}`; None where the data is gone.
+        base: Of a run on a quantised base, in words: which base the export holds or needs; else None.
     """
 
     folder: Path
     kind: str
     max_abs_difference: float
     evaluation: dict[str, dict[str, float]] | None = None
+    base: str | None = None
 
 
 def export(run: str | Path, to: str, out: str | Path) -> Exported:
@@ -54,8 +58,9 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
         run: The run folder.
         to: `lora` (a PEFT LoRA of the same rank, which opens without leantune; that of a pruned run is put
             back on the whole base, LoRAM's recovery, and evaluated there), `merged` (a plain checkpoint with
-            the adapter folded in; after full fine-tuning, the model itself), or `pruned` (the same of a
-            pruned run, if the architecture's config can express it).
+            the adapter folded in, of a quantised base into its dequantised weights; after full fine-tuning,
+            the model itself), or `pruned` (the same of a pruned run, if the architecture's config can
+            express it).
         out: A folder that does not exist yet or is empty.
 
     Returns:
@@ -75,7 +80,7 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
     evaluation = None
     with whole_folder(place) as folder:
         inputs = _fixed_inputs(loaded)
-        expected = _logits(loaded.model, inputs)
+        expected = _expected(loaded, to, inputs)
         with quiet_transformers():
             write(folder)
         if to == "lora":
@@ -89,7 +94,7 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
             evaluation = _evaluate_both(loaded, reopened)
         else:
             difference = _compare(expected, found, to)
-    return Exported(place, to, difference, evaluation)
+    return Exported(place, to, difference, evaluation, _base_in_words(loaded, to))
 
 
 def _writer(loaded: LoadedRun, to: str) -> Callable[[Path], Any]:
@@ -164,7 +169,36 @@ def _evaluate_both(loaded: LoadedRun, recovered: nn.Module) -> dict[str, dict[st
 def _merged(loaded: LoadedRun) -> nn.Module:
     if not lean.is_adapted(loaded.model):
         return loaded.model
-    return loaded.model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    model = loaded.model if loaded.recipe.lean.quantize is None else _dequantised(loaded)
+    return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+
+
+def _dequantised(loaded: LoadedRun) -> nn.Module:
+    """The run's adapter on what its quantised base stands for: rounded to 4 bits again, it would be lost."""
+    base = base_for_run(loaded.recipe, loaded.task, loaded.config)
+    dequantise(base)
+    return attach_saved(base, loaded.folder.adapter).to(next(loaded.model.parameters()).device).eval()
+
+
+def _expected(loaded: LoadedRun, to: str, inputs: dict[str, Tensor]) -> Tensor:
+    """What an equal export says.
+
+    A kind of quantisation that rounds a layer's inputs in evaluation agrees with no plain weights; a merged
+    export of it is compared with the adapter on the dequantised base.
+    """
+    kind = loaded.recipe.lean.quantize
+    if kind is not None and to == "merged" and QUANTISED[kind].rounds_inputs:
+        return _logits(_dequantised(loaded), inputs)
+    return _logits(loaded.model, inputs)
+
+
+def _base_in_words(loaded: LoadedRun, to: str) -> str | None:
+    kind = loaded.recipe.lean.quantize
+    if kind is None:
+        return None
+    if to == "lora":
+        return f"trained on the base in {kind} and equal there; on the whole base it is another model"
+    return f"merged into the dequantised {kind} base, the weights that the adapter was trained on"
 
 
 def _copy_weights(source: Path, folder: Path) -> None:
@@ -215,16 +249,22 @@ def _readme(loaded: LoadedRun, to: str) -> str:
     note = other if to == "lora" and loaded.plan is not None else ""
     auto = loaded.task.auto_class.__name__
     base = resolve(loaded.recipe.model.path)
+    note += f" {words[0].upper()}{words[1:]}." if (words := _base_in_words(loaded, to)) else ""
     if to in ("merged", "pruned"):
         opening = f'model = {auto}.from_pretrained(".")'
         imports = f"from transformers import AutoTokenizer, {auto}"
     else:
+        code = quantization_code(find_head(loaded.model)) if loaded.recipe.lean.quantize else None
+        quantised = ", quantization_config=quantization" if code else ""
         opening = (
             'config = AutoConfig.from_pretrained(".")   # number and names of labels\n'
-            f'base = {auto}.from_pretrained("{base}", config=config)\n'
+            f"{code.before if code else ''}"
+            f'base = {auto}.from_pretrained("{base}", config=config{quantised})\n'
+            f"{code.after if code else ''}"
             'model = PeftModel.from_pretrained(base, ".")'
         )
         imports = f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoTokenizer, {auto}"
+        imports += f"\n{code.imports}" if code else ""
     return (
         f"# {loaded.recipe.method} run on {loaded.recipe.model.path}, exported as {to}.{note}\n\n"
         f'```python\n{imports}\n\n{opening}\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n'

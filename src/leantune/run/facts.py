@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from leantune._version import __version__
+from leantune.peft_methods.quantised import logical_numel
 from leantune.recipes import Recipe
 from leantune.run.callbacks import read_log
 from leantune.run.estimation import STAGE
 from leantune.run.folder import RunFolder
 from leantune.run.models import head_modules
+from leantune.run.quantization import KINDS, quantised_weights
 
 WARM_UP_STEPS = 5
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
@@ -30,7 +32,8 @@ def count_parameters(model: nn.Module, classifies: bool) -> dict[str, int]:
 
     Returns:
         `total` (of the base and its head; adapters left out), `trainable`, and `head`: the trainable part
-        that is a task head, trained by every method alike.
+        that is a task head, trained by every method alike; `quantized`, how many of the total are held
+        quantised. Counted are weights, not the numbers they are packed into.
     """
     adapted = hasattr(model, "peft_config")
     heads = set(head_modules(model)) if classifies and not adapted else set()
@@ -39,11 +42,12 @@ def count_parameters(model: nn.Module, classifies: bool) -> dict[str, int]:
         in_head = "modules_to_save" in name or name.split(".")[0] in heads
         adapter = adapted and parameter.requires_grad and not in_head
         if not adapter and "original_module" not in name:
-            total += parameter.numel()
+            total += logical_numel(parameter)
         if parameter.requires_grad:
             trainable += parameter.numel()
             head += parameter.numel() if in_head else 0
-    return {"total": total, "trainable": trainable, "head": head}
+    quantized = quantised_weights(model)
+    return {"total": total, "trainable": trainable, "head": head, "quantized": quantized}
 
 
 def collect_metrics(
@@ -67,18 +71,20 @@ def collect_metrics(
         "model": recipe.model.path,
         "method": recipe.method,
         "seed": recipe.train.seed,
-        "versions": versions(),
+        "versions": versions(recipe.lean.quantize),
         "hardware": hardware(),
         "parameters": {
             "total": counts["total"],
             "trainable_start": counts["trainable"],
             "trainable_end": facts["trainable_end"],
             "head": counts["head"],
+            "quantized": counts["quantized"],
             "base_removed_fraction": 0.0,
             **facts.get("removed", {}),
         },
         "memory": {
             "saved_activation_bytes": facts["saved_activation_bytes"],
+            "weight_bytes": facts["weight_bytes"],
             "peak_bytes": peak.bytes,
             "peak_kind": peak.kind,
             "forecast_peak_bytes": facts.get("forecast"),
@@ -100,10 +106,10 @@ def _step_seconds(folder: RunFolder, stage: str | None = None) -> list[float]:
     return [line["step_seconds"] for line in read_log(folder.log_file, stage) if "step_seconds" in line]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
+def versions(quantize: str | None = None) -> dict[str, str]:
+    """Versions of what decides the result, the library of a quantised base included."""
     found = {"leantune": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *([KINDS[quantize].package] if quantize else [])):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

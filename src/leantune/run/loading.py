@@ -74,7 +74,9 @@ def base_for_run(
     plan: PruningPlan | None = None,
     weights: Weights | None = None,
 ) -> PreTrainedModel:
-    """The run's base model with its head's shape; the head's weights come with the adapter.
+    """The run's base model with its head's shape, quantised as it was trained on.
+
+    The head's weights come with the adapter.
 
     Args:
         recipe: The run's.
@@ -85,7 +87,7 @@ def base_for_run(
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         if plan is None and weights is None:
-            return load_base(recipe.model, task.auto_class, config)
+            return load_base(recipe.model, task.auto_class, config, quantize=recipe.lean.quantize)
         source = resolve(recipe.model.path)
         return load_pruned(
             task.auto_class,

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from leantune.errors import UserError
 from leantune.recipes import ModelRecipe
-from leantune.run import gguf
+from leantune.run import gguf, quantization
 
 # bundled:NAME → (importable package, folder inside it, what to install).
 BUNDLED = {
@@ -127,7 +127,11 @@ def load_config(recipe: ModelRecipe, **changes: Any) -> PretrainedConfig:
 
 
 def load_base(
-    recipe: ModelRecipe, auto_class: Any, config: PretrainedConfig, source: str | None = None
+    recipe: ModelRecipe,
+    auto_class: Any,
+    config: PretrainedConfig,
+    source: str | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """The base model with a head for the task; what the weights lack is drawn from the current seed.
 
@@ -136,13 +140,16 @@ def load_base(
         auto_class: `AutoModelForSequenceClassification` or the like.
         config: From `load_config`.
         source: Load the weights from here instead (a run's own full model).
+        quantize: The recipe's `lean.quantize`.
 
     Raises:
-        UserError: The model has no such head, or no weights are to be had.
+        UserError: The model has no such head, no weights are to be had, or it cannot be quantised.
     """
     options: dict[str, Any] = {"dtype": DTYPES[recipe.dtype], "config": config, "trust_remote_code": False}
     if recipe.attention is not None:
         options["attn_implementation"] = recipe.attention
+    if quantize is not None:
+        options |= quantization.loading_options(quantize, auto_class, config)
     source = source or resolve(recipe.path)
     try:
         with quiet_transformers():  # the report on head weights that are new is no news here
@@ -150,6 +157,8 @@ def load_base(
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_open(recipe.path, "model", error) from None
     model.__dict__[_NEW] = frozenset(found["missing_keys"])
+    if quantize is not None:
+        quantization.make_ready(model, quantize)
     return model
 
 

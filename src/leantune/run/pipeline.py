@@ -34,6 +34,7 @@ from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import head_modules, load_base, new_modules, quiet_transformers
 from leantune.run.prediction import sample_predictions
+from leantune.run.quantization import check_installed, weight_bytes
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
@@ -117,11 +118,13 @@ def train(
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    if recipe.lean.quantize is not None:
+        check_installed(recipe.lean.quantize)
     inputs = read_inputs(recipe, console)
     training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
     set_seed(recipe.train.seed)
     before = resident_bytes()
-    base = load_base(recipe.model, inputs.task.auto_class, inputs.config)
+    base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
     _tell_what_is_new(base, inputs.task, console)
     model = lean.attach(base, recipe, inputs.task.peft_task_type)
     return _Prepared(**vars(inputs), model=model, bytes_before=before)
@@ -232,6 +235,7 @@ def _fit(
     )
     facts: dict[str, Any] = {
         "parameters": count_parameters(model, classifies),
+        "weight_bytes": weight_bytes(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
     peak = _run(trainer, recipe, folder, stop, progress, checkpoint)

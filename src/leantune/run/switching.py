@@ -48,7 +48,7 @@ class TaskSwitcher:
         runs: Finished runs with an adapter, all on the same base model.
 
     Raises:
-        UserError: A run is not finished, or is full fine-tuning, or on another base.
+        UserError: A run is not finished, or is full fine-tuning, or on another base, or on a quantised one.
     """
 
     def __init__(self, runs: Sequence[str | Path]) -> None:
@@ -57,6 +57,8 @@ class TaskSwitcher:
         self._ready = {str(run): _make_ready(RunFolder.existing(run)) for run in runs}
         first = next(iter(self._ready.values())).recipe.model
         for run, ready in self._ready.items():
+            if ready.recipe.lean.quantize is not None:
+                raise UserError(f"{run}: is on a quantised base, which cannot be shared; use leantune.load")
             if (ready.recipe.model.path, ready.recipe.model.dtype) != (first.path, first.dtype):
                 raise UserError(f"{run}: is on another base ({ready.recipe.model.path}, not {first.path})")
         self._base = Weights.from_files(resolve(first.path)).in_memory(

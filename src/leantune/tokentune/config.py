@@ -24,7 +24,8 @@ class TokenTuneConfig:
             fraction of the sequence's real (unpadded) length r, exactly ⌊keep · r + ½⌋ tokens and at least
             one. Beware that `1` is one token and `1.0` is all of them.
         strategy: `random`: uniform (the paper). `supervised`: tokens that bear a label first, uniform among
-            them. `loss`: the highest loss first; `attention`: the most attended to in the last layer first;
+            them. `loss`: the highest loss first. `attention`: first those that get most attention in the last
+            layer, from the position that feeds the head (where no one position does, from all in the mean).
             `norm`: the largest hidden state before the last layer first.
         seed: Of the draw, together with the step and the process's rank.
         checkpointed_kv: With gradient checkpointing, whether the keys and values of all tokens are made again

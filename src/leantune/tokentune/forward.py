@@ -59,7 +59,7 @@ class TokenTuner:
         choose_now = Choosing(self, inputs, targets)
         self.step += 1
         sequence = self.plan.pooling is not None and self.plan.pooling.position is None
-        scorer = Scorer(self.config.strategy, self.plan, choose_now.aligned)
+        scorer = Scorer(self.config.strategy, self.plan, choose_now.aligned, choose_now.pooled)
         recording = Recording(
             self.plan,
             choose_now.on_enter,
@@ -180,6 +180,11 @@ class Choosing:
         if self.plan.task != "causal-lm" or not self.plan.shifts:
             return labels
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def pooled(self) -> Tensor | None:
+        """The position (batch,) that feeds the head, of a choice that waits for pass 1; None if none does."""
+        waiting = self.waiting.get("decoder")
+        return None if waiting is None else waiting.pooled
 
     def on_enter(self, side: Side, batch: int, n: int, device: torch.device) -> int | None:
         """Choose for a sequence that enters its stack; returns how many leading positions are needed."""

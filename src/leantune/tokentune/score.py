@@ -14,6 +14,7 @@ from leantune.errors import UserError
 from leantune.tokentune.passes import Call
 from leantune.tokentune.plan import Plan
 from leantune.tokentune.record import Recording
+from leantune.tokentune.rows import Rows
 
 _CHUNK = 128  # queries at a time: no n × n matrix for the whole batch is ever held
 
@@ -25,14 +26,21 @@ class Scorer:
         strategy: Of the config.
         plan: The model's shape.
         labels: Gives token labels (batch, n), aligned with the tokens that predict them.
+        pooled: Gives the position (batch,) that feeds the head; None where no one position does.
 
     Attributes:
         needs_output: Whether the output head must run on all tokens.
         watch: Called at every attention call of pass 1; None if not needed.
     """
 
-    def __init__(self, strategy: str, plan: Plan, labels: Callable[[], Tensor]) -> None:
-        self.strategy, self.plan, self.labels = strategy, plan, labels
+    def __init__(
+        self,
+        strategy: str,
+        plan: Plan,
+        labels: Callable[[], Tensor],
+        pooled: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
+        self.strategy, self.plan, self.labels, self.pooled = strategy, plan, labels, pooled
         self.needs_output = strategy == "loss"
         self.watch = self._attention_received if strategy == "attention" else None
         self._received: dict[Side, Tensor] = {}
@@ -59,7 +67,9 @@ class Scorer:
     def _attention_received(
         self, recording: Recording, kernel: Kernel, module: nn.Module, query: Tensor, call: Call, kwargs: Any
     ) -> None:
-        """Mean attention that each key of a side's last layer receives from the queries that may see it."""
+        """Attention that each key of a side's last layer receives: from the one position that feeds the head,
+        or, where there is none, in the mean over the queries that may see it.
+        """
         number = recording.invocations - 1
         if not self.plan.is_last(number) or recording.calls_made > 1:
             return
@@ -67,6 +77,10 @@ class Scorer:
         scaling = kwargs.get("scaling") or query.size(-1) ** -0.5
         batch, heads, n, _ = query.shape
         key = call.key.repeat_interleave(heads // call.key.size(1), 1)  # (batch, heads, n, d)
+        asking = self.pooled() if recording.side() == "decoder" else None
+        if asking is not None:
+            self._received[recording.side()] = _from_one(query, key, Rows(asking[:, None], n), call, scaling)
+            return
         total, seen = query.new_zeros(batch, key.size(2)), query.new_zeros(1, key.size(2))
         for start in range(0, n, _CHUNK):
             rows = torch.arange(start, min(start + _CHUNK, n), device=query.device)
@@ -78,6 +92,22 @@ class Scorer:
         self._received[recording.side()] = total / seen.clamp_min(1)
 
 
+def _from_one(query: Tensor, key: Tensor, asking: Rows, call: Call, scaling: float) -> Tensor:
+    """Attention (batch, n) from one query a row, in the mean over heads."""
+    scores = asking.gather(query, 2) @ key.transpose(-1, -2) * scaling  # (batch, heads, 1, n)
+    if call.mask is not None:
+        part = call.mask if call.mask.size(-2) == 1 else asking.gather(call.mask, call.mask.dim() - 2)
+        scores = scores.masked_fill(~_as_bool(part), torch.finfo(scores.dtype).min)
+    elif call.causal:
+        later = torch.arange(key.size(2), device=key.device) > asking.index[:, :, None]  # (batch, 1, n)
+        scores = scores.masked_fill(later[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).mean(1)[:, 0]
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _allowed(call: Call, rows: Tensor, n: int) -> Tensor:
     """(batch or 1, heads or 1, chunk, n) bool: which keys these queries may see."""
     if call.mask is None:
@@ -87,7 +117,7 @@ def _allowed(call: Call, rows: Tensor, n: int) -> Tensor:
         )
         return allowed[None, None]
     part = call.mask if call.mask.size(-2) == 1 else call.mask[..., rows, :]
-    return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+    return _as_bool(part)
 
 
 def check_strategy(strategy: str, plan: Plan) -> None:

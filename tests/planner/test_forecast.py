@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from leantune.errors import UserError
 from leantune.planner import CannotTrace, Setting, Tracer, estimate, trace
@@ -127,10 +128,8 @@ def test_refusals(change: dict[str, Any], words: str) -> None:
 def test_what_is_not_planned_for_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="train.optim = 'adafactor'"):
         trace(setting("llama", {}, optim="adafactor"))
-    made = setting("llama", {})
-    made.config.hidden_size = None  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="its config names no hidden_size"):
-        estimate(made)
+    with pytest.raises(UserError, match="its config names no vocab_size and no hidden_size"):
+        estimate(replace(setting("llama", {}), config=PretrainedConfig()))
 
 
 def test_code_that_looks_at_numbers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planner_error.py [--only llama,bert] [--large]
 
-Small random models of eight architectures and three real shapes; the methods; batches with and without
+Small random models of eight architectures and two real shapes; the methods; batches with and without
 padding, checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed).
 Measured: the allocator's reports under torch's profiler during one real training step on one thread, with the
 optimizer's state in place; the same to the byte in every run. Traced: the same step on fake tensors. Closed
@@ -102,7 +102,6 @@ MORE: list[Condition] = [
 REAL: list[tuple[str, str, int, int, bool]] = [
     ("bert-base", "lora+tokentune", 8, 128, True),
     ("gpt2", "lora+light-peft", 2, 256, False),
-    ("qwen2.5-0.5b", "lora+tokentune", 1, 128, False),
 ]
 QUANTISED = ("nf4", "int8")
 

@@ -76,26 +76,27 @@ def test_a_recipe_comes_first(folder: Path) -> None:
 
 def test_advice_fits_and_is_least(folder: Path) -> None:
     own = recipe("llama", {"adapter": LORA}, path=str(folder), batch_size=8)
-    whole = plan(own, length=64, methods=[]).rows[0].peak
+    whole = plan(own, length=64, methods=[], trace="none").rows[0].peak
     assert whole is not None
     limit = int(whole * 0.7)
-    made = plan(own, length=64, methods=["full"], memory=limit, reserve=0)
+    made = plan(own, length=64, methods=["full"], memory=limit, reserve=0, trace="none")
     assert made.advice is not None and made.advice.best is not None
     best = made.advice.best
     assert best.changes == {"train.batch_size": 4, "train.gradient_accumulation_steps": 2}
     assert best.needed is not None and best.needed <= limit
-    again = plan(made.advice.recipes[best.name], length=64, methods=[])
+    again = plan(made.advice.recipes[best.name], length=64, methods=[], trace="none")
     assert again.rows[0].peak == best.peak
     room = made.advice.room[best.name]
     assert 4 <= room.batch < 8 and 64 <= room.length <= 128
-    assert plan(own, length=64, methods=[], memory=1024, reserve=0).advice.best is None  # type: ignore[union-attr]
+    nothing = plan(own, length=64, methods=[], memory=1024, reserve=0, trace="none").advice
+    assert nothing is not None and nothing.best is None
 
 
 def test_evaluation_counts(folder: Path) -> None:
     own = recipe("llama", {"adapter": LORA}, path=str(folder), batch_size=2, eval_batch_size=64)
-    row = plan(own, length=64, methods=[]).rows[0]
+    row = plan(own, length=64, methods=[], trace="none").rows[0]
     assert row.train is not None and row.needed == row.train.evaluation_peak > (row.peak or 0)
-    made = plan(own, length=64, methods=[], memory=int((row.peak or 0) * 1.2), reserve=0)
+    made = plan(own, length=64, methods=[], memory=int((row.peak or 0) * 1.2), reserve=0, trace="none")
     assert made.advice is not None and made.advice.best is not None
     assert list(made.advice.best.changes) == ["train.eval_batch_size"]
 

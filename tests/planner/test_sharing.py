@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from leantune.errors import UserError
-from leantune.planner import Sharing, estimate, trace
+from leantune.planner import Sharing, Tracer, estimate
 from leantune.planner.sharing import Units, parse_sharing
 from tests.planner.settings import LAMDA, LORA, setting
 
@@ -39,15 +39,15 @@ def test_what_is_on_its_way() -> None:
 @pytest.mark.parametrize("lean", [{}, {"adapter": LAMDA}], ids=["full", "lamda"])
 def test_engines_agree_and_more_is_less(lean: dict[str, Any]) -> None:
     made = setting("llama", lean, gradient_checkpointing=True)
-    peaks = []
+    tracer, peaks = Tracer(), []
     for strategy in ("ddp", "zero1", "zero2", "zero3"):
         shared = replace(made, sharing=Sharing(4, strategy))  # type: ignore[arg-type]
-        traced, closed = trace(shared), estimate(shared)
+        traced, closed = tracer.trace(shared), estimate(shared)
         assert closed.peak == pytest.approx(traced.peak, rel=0.2)
         assert closed.memory.communication == traced.memory.communication
         peaks.append(traced.peak)
     assert peaks == sorted(peaks, reverse=True)
-    assert peaks[0] > trace(made).peak  # the buckets
+    assert peaks[0] > tracer.trace(made).peak  # the buckets
 
 
 def test_mistakes() -> None:

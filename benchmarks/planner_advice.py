@@ -122,7 +122,7 @@ def make_recipe(model: str, task: str, lean: dict[str, Any], batch: int, length:
         "model": {"path": model, "task": task},
         "data": {"path": str(DATA), **columns, **rows},
         "lean": lean,
-        "train": {"steps": STEPS, "batch_size": batch, "eval_batch_size": 16},
+        "train": {"steps": STEPS, "batch_size": batch, "eval_batch_size": 2},
         "output": str(output),
     })  # fmt: skip
 
@@ -163,10 +163,11 @@ def data_bytes(pid: int) -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def baselines(folder: Path) -> dict[str, int]:
-    """Task → bytes that a run takes besides its tensors."""
+def baselines(folder: Path, tasks: set[str]) -> dict[str, int]:
+    """Task → bytes that a run takes besides its tensors; evaluation batches are small, so training decides."""
     found = {}
-    for task, length in (("classification", 64), ("causal-lm", 256)):
+    for task in sorted(tasks):
+        length = 64 if task == "classification" else 256
         recipe = make_recipe(str(folder / f"tiny-{task}"), task, {"adapter": LORA}, 2, length, folder / "run")
         tensors = plan(recipe, methods=[], device="cpu").rows[0].needed or 0
         done = run(recipe, folder, None)
@@ -220,7 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_models(folder)
-        reserve = baselines(folder)
+        reserve = baselines(folder, {PAIRS[name][1] for name in only or PAIRS})
         for name in only or PAIRS:
             rows.append(examine(name, folder, reserve))
             print(json.dumps(rows[-1]), flush=True)

@@ -6,8 +6,7 @@ Small random models of eight architectures and two real shapes; the methods; bat
 padding, checkpointing, mixed precision, accumulation, quantised bases (where bitsandbytes is installed).
 Measured: the allocator's reports under torch's profiler during one real training step on one thread, with the
 optimizer's state in place; the same to the byte in every run. Traced: the same step on fake tensors. Closed
-form: from shapes. Besides: saved activations, the peak of an evaluation batch, and processor time against the
-arithmetic at the rate of a matrix product.
+form: from shapes. Besides: saved activations, the peak of an evaluation batch, and processor time of a step.
 
 Then Llama-2-7B, traced (seconds and the process's memory) and by the closed form, in a process of its own.
 Writes benchmarks/results/planner_error.json after every case; the same command again goes on where it
@@ -44,7 +43,6 @@ from transformers import (
 
 from leantune.measure import peak_rss
 from leantune.planner import Setting, Tracer, estimate
-from leantune.planner.devices import find_device
 from leantune.planner.known import config_of
 from leantune.planner.measured import measure, measure_saved
 from leantune.recipes import Recipe
@@ -201,7 +199,7 @@ def error(row: dict[str, Any], engine: str) -> float:
     return row[engine] / row["measured"] - 1
 
 
-def summary(rows: list[dict[str, Any]], rate: float) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst absolute error of both engines."""
     result: dict[str, Any] = {"cases": len(rows), "models": len({row["model"] for row in rows})}
     evaluated = [row["evaluation"] for row in rows if "evaluation" in row]
@@ -211,12 +209,6 @@ def summary(rows: list[dict[str, Any]], rate: float) -> dict[str, Any]:
         result[f"{engine}_evaluation"] = _spread([error(row, engine) for row in evaluated])
     saved = [abs(row["traced_saved"] / row["measured_saved"] - 1) for row in rows if "traced_saved" in row]
     result["saved_activation_bytes_worst"] = max(saved, default=None)
-    # processor time over what the arithmetic takes at the rate of a matrix product
-    timed = [row for row in rows if "cpu_seconds" in row and "dtype" not in row]
-    times = sorted(row["cpu_seconds"] * rate / row["flops"] for row in timed)
-    if times:
-        middle = statistics.median(times)
-        result["time_over_arithmetic"] = {"least": times[0], "median": middle, "most": times[-1]}
     return result
 
 
@@ -283,7 +275,6 @@ def main() -> None:
         for row in large_cases():
             print(json.dumps(row), flush=True)
         return
-    rate = find_device("cpu").single or 1.0
     written = {} if only or not RESULTS.is_file() else json.loads(RESULTS.read_text(encoding="utf-8"))
     known = {_key(row): row for row in written.get("cases", [])}
     rows = []
@@ -292,10 +283,10 @@ def main() -> None:
         rows.append(with_closed_form(row, made))
         print(line(row), flush=True)
         if not only:
-            write(rows, rate, written)
-    print(json.dumps(summary(rows, rate), indent=2))
+            write(rows, written)
+    print(json.dumps(summary(rows), indent=2))
     if not only and "large" not in written:
-        write(rows, rate, {"large": large_in_own_process()})
+        write(rows, {"large": large_in_own_process()})
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -304,12 +295,12 @@ def _key(row: dict[str, Any]) -> str:
     return json.dumps([row.get(name) for name in names])
 
 
-def write(rows: list[dict[str, Any]], rate: float, written: dict[str, Any]) -> None:
+def write(rows: list[dict[str, Any]], written: dict[str, Any]) -> None:
     """The result so far; cases that are still to come stay as they were written before."""
     now = {_key(row) for row in rows}
     later = [row for row in written.get("cases", []) if _key(row) not in now and "closed_form" in row]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"versions": versions, "matmul_flops_per_second": rate, "summary": summary(rows + later, rate)}
+    result = {"versions": versions, "summary": summary(rows + later)}
     result |= {"cases": rows + later} | {key: value for key, value in written.items() if key == "large"}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

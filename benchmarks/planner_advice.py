@@ -164,7 +164,7 @@ def data_bytes(pid: int) -> int:
 
 
 def baselines(folder: Path, tasks: set[str]) -> dict[str, int]:
-    """Task → bytes that a run takes besides its tensors; evaluation batches are small, so training decides."""
+    """Task → bytes that a run takes besides its tensors; with small evaluations, so that training decides."""
     found = {}
     for task in sorted(tasks):
         length = 64 if task == "classification" else 256

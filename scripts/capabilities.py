@@ -1,6 +1,6 @@
 """Find out by doing it what each method can do on each architecture, and write the table.
 
-python scripts/capabilities.py                     all cells (about half an hour on one core)
+python scripts/capabilities.py                     all cells (a quarter of an hour on two cores)
 python scripts/capabilities.py --only lora llama   cells of the named methods, architectures; others stay
 """
 
@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +26,7 @@ def main() -> None:
     from rich.progress import Progress
 
     from leantune.run.facts import versions
-    from tests.capabilities.cells import ABILITIES, FAMILIES, examine
+    from tests.capabilities.cells import ABILITIES, FAMILIES
     from tests.run.support import SETTINGS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -44,11 +45,10 @@ def main() -> None:
         or (method in only or not only & set(SETTINGS))
         and (family in only or not only - set(SETTINGS))
     ]
-    warnings.simplefilter("ignore")
-    with Progress() as progress:
-        for method, family, task in progress.track(wanted):
-            with tempfile.TemporaryDirectory() as place:
-                cells[method][f"{family} {task}"] = examine(method, family, task, Path(place) / "cell")
+    with ProcessPoolExecutor() as pool, Progress() as progress:
+        found = pool.map(_examine, wanted)
+        for (method, family, task), cell in zip(wanted, progress.track(found, len(wanted)), strict=True):
+            cells[method][f"{family} {task}"] = cell
             result = {
                 "command": "python scripts/capabilities.py",
                 "versions": versions(),
@@ -57,6 +57,18 @@ def main() -> None:
                 "cells": cells,
             }
             FILE.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _examine(cell: tuple[str, str, str]) -> dict[str, bool | str]:
+    """One cell, in a process of its own."""
+    import torch
+
+    from tests.capabilities.cells import examine
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as place:
+        return examine(*cell, Path(place) / "cell")
 
 
 if __name__ == "__main__":

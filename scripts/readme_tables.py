@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.grid import table as grid_table  # noqa: E402
+from benchmarks.lamda_subspaces import table as subspaces_table  # noqa: E402
 from benchmarks.lightpeft_steps import table as steps_table  # noqa: E402
 from leantune.methods import METHODS  # noqa: E402
 from leantune.report.capabilities import (  # noqa: E402
@@ -43,6 +44,13 @@ def steps() -> str:
     return f"{steps_table(result)}\n\n`{result['command']}`; {versions}; CPU, {threads} thread(s).\n"
 
 
+def subspaces() -> str:
+    """What LaMDA's starts see of the gradient, with the command that reproduces it."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "lamda_subspaces.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{subspaces_table(result)}\n\n`{result['command']}`; {versions}; CPU, 1 thread.\n"
+
+
 # Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
 TABLES = {
     "README.md": {
@@ -50,7 +58,10 @@ TABLES = {
         "capabilities": lambda: capability_markdown(Capabilities.load()),
         "banking77": lambda: grid("banking77"),
     },
-    "src/leantune/lamda/README.md": {name: partial(grid, name) for name in ("banking77", "trec-start")},
+    "src/leantune/lamda/README.md": {
+        **{name: partial(grid, name) for name in ("banking77", "trec-start", "lamda-init")},
+        "lamda-subspaces": subspaces,
+    },
     "src/leantune/lightpeft/README.md": {
         "lightpeft-trec": partial(grid, "lightpeft-trec"),
         "lightpeft-sst2": partial(grid, "lightpeft-sst2"),

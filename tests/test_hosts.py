@@ -15,7 +15,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 @pytest.mark.parametrize(
-    "name", ["_get_output_dir", "_save_checkpoint", "_get_train_sampler", "_prepare_inputs"]
+    "name",
+    [
+        "_get_output_dir",
+        "_save_checkpoint",
+        "_get_train_sampler",
+        "_prepare_inputs",
+        "_evaluate",
+        "_determine_best_metric",
+        "_run_epoch",
+        "_finalize_training",
+    ],
 )
 def test_trainer_has(name: str) -> None:
     assert callable(getattr(Trainer, name))

@@ -25,6 +25,13 @@ METHODS: tuple[Method, ...] = (
         card="src/leantune/lamda/README.md",
     ),
     Method(
+        name="lamda++",
+        key="lean.adapter: {type: lamda, spectral_ranks: {budget: 32}}",
+        what="LaMDA with ranks by layer from the spectra of the pretrained weights, under one budget",
+        paper="Azizi et al. 2024, arXiv 2406.12832",
+        card="src/leantune/lamda/README.md",
+    ),
+    Method(
         name="bottleneck",
         key="lean.adapter.type: bottleneck",
         what="the Adapter: a small two-layer network behind (serial) or beside (parallel) a layer",
@@ -51,6 +58,13 @@ METHODS: tuple[Method, ...] = (
         what="baseline: PEFT's LoRA",
         paper="Hu et al. 2021, arXiv 2106.09685",
         card=None,
+    ),
+    Method(
+        name="qlora",
+        key="lean: {adapter: {type: lora}, quantize: nf4}",
+        what="baseline: LoRA on a base in 4 bits; `quantize` goes with every adapter and with tokentune",
+        paper="Dettmers et al. 2023, arXiv 2305.14314",
+        card="docs/quantised.md",
     ),
     Method(
         name="full",

@@ -19,6 +19,7 @@ NAMES = [
     "lamda+tokentune",
     "bottleneck+light-peft",
     "full+tokentune",
+    "lamda+++tokentune",
     "lean+ckpt",
     "recipe+ckpt",
     "lamda+nf4",
@@ -87,6 +88,18 @@ def test_the_recipes_own_settings_hold() -> None:
     assert plan("recipe", own).settings["lean"] == {
         **own.to_dict()["lean"], "prune": {**own.to_dict()["lean"]["prune"], "estimate_steps": 7}
     }  # fmt: skip
+
+
+def test_lamda_and_its_spectral_ranks_are_told_apart() -> None:
+    own = make({"adapter": {"type": "lamda", "r": 8, "init": "random"}})
+    ranked = plan("lamda++", own).settings["lean"]["adapter"]
+    assert ranked["init"] == "random" and ranked["spectral_ranks"]["budget"] == 8
+    assert plan("lamda", own).settings["lean"]["adapter"] == plan("recipe", own).settings["lean"]["adapter"]
+    spectral = make({"adapter": {"type": "lamda", "spectral_ranks": {"budget": 4}}})
+    assert plan("lamda++", spectral).settings["lean"]["adapter"]["spectral_ranks"]["budget"] == 4
+    assert plan("recipe", spectral).settings["lean"]["adapter"]["spectral_ranks"]["budget"] == 4
+    assert plan("lamda", spectral).settings["lean"]["adapter"]["spectral_ranks"] is None
+    assert own.method == "lamda" and spectral.method == "lamda++"
 
 
 def test_estimation_is_within_the_budget() -> None:

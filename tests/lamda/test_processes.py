@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,32 @@ def train(model: nn.Module, wrapped: nn.Module, rows: slice) -> list[dict[str, T
     return history
 
 
+def _check_start_from_data(init: str, rank: int) -> None:
+    """Each process sees half of the batches: the same A in both, that of one process which sees all."""
+    from peft import get_peft_model
+
+    import leantune.lamda.prepare as prepare
+    from leantune import LamdaConfig
+    from leantune.lamda.model import lamda_layers
+    from tests.lamda.conftest import batch_for, build
+
+    batches = [batch_for("llama", seed=number) for number in range(4)]
+    settings = {"r": 12, "target_modules": ["q_proj", "up_proj"], "init": init}
+    shared = get_peft_model(build("llama").double(), LamdaConfig(**settings))
+    prepare.prepare_lamda(shared, batches[2 * rank : 2 * rank + 2])
+    prepare.dist = types.SimpleNamespace(is_available=lambda: False)
+    alone = get_peft_model(build("llama").double(), LamdaConfig(**settings))
+    prepare.prepare_lamda(alone, batches)
+    prepare.dist = dist
+    for name, layer in lamda_layers(shared).items():
+        A = layer.lamda_A["default"]
+        first = A.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(A, first)
+        B = lamda_layers(alone)[name].lamda_A["default"]
+        torch.testing.assert_close((A @ B.T).abs(), torch.eye(12).double(), rtol=0, atol=1e-6)
+
+
 def work() -> None:
     from peft import get_peft_model
 
@@ -54,6 +81,8 @@ def work() -> None:
         for name, columns in ours.items():
             assert torch.equal(columns[:, :frozen], together[-1][name][:, :frozen])
             torch.testing.assert_close(columns, theirs[name], rtol=1e-3, atol=1e-4)
+    for init in ("activation", "gradient"):
+        _check_start_from_data(init, rank)
     Path(sys.argv[1], f"done-{rank}").touch()
     dist.destroy_process_group()
 

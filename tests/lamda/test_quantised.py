@@ -92,3 +92,24 @@ def test_export_is_equal_and_merging_is_refused(llama: Path, kind: str, tmp_path
     assert (logits(as_lora) - logits(model)).abs().max().item() <= (2e-2 if kind == "int8" else 1e-5) * scale
     with pytest.raises(UserError, match="cannot be merged into a .* layer: rounding"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("init", ["activation", "gradient"])
+def test_ranks_from_spectra_and_a_start_from_data(llama: Path, kind: str, init: str) -> None:
+    """Ranks come from the dequantised weight; the start needs inputs and output gradients alone."""
+    base = open_llama(llama, kind)
+    start = logits(base)
+    ranks = leantune.SpectralRanks(4, (2, 4, 6))
+    settings = leantune.LamdaConfig(target_modules="all-linear", spectral_ranks=ranks, init=init)
+    model = get_peft_model(base, settings)
+    for name, layer in lamda_layers(model).items():
+        sigma = torch.linalg.svdvals(dequantised_weight(layer.get_base_layer()).double()).square()
+        score = settings.spectral_scores[name.removeprefix("base_model.model.")]
+        assert score == pytest.approx((sigma[:4].sum() / sigma.sum()).item(), rel=1e-4)
+    leantune.prepare_lamda(model, [batch()])
+    assert torch.equal(logits(model), start)
+    for layer in lamda_layers(model).values():
+        A = layer.lamda_A["default"]
+        torch.testing.assert_close(A @ A.T, torch.eye(len(A)).to(A), rtol=0, atol=1e-3)
+    model.train()(**batch()).loss.backward()
+    assert all(layer.lamda_B["default"].grad.any() for layer in lamda_layers(model).values())

@@ -150,6 +150,8 @@ def test_rank_and_alpha_patterns_and_layers_to_transform() -> None:
         ({"lamda_alpha": 0}, "lamda_alpha=0"),
         ({"lamda_dropout": 1.0}, "lamda_dropout=1.0"),
         ({"init": "pissa"}, "init='pissa': must be one of 'svd'"),
+        ({"init": "gradient", "init_scale": "spectrum"}, "init_scale='spectrum' with init='gradient'"),
+        ({"init": "activation", "init_b": "vectors"}, "init_b='vectors' with init='activation'"),
         ({"init_scale": "raw"}, "init_scale='raw'"),
         ({"init_b": "U"}, "init_b='U'"),
         ({"freeze_ratio": 1.5}, "freeze_ratio=1.5"),

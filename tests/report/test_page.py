@@ -192,3 +192,30 @@ def test_importing_the_tables_loads_neither_torch_nor_matplotlib_nor_jinja():
     code = f"import sys, leantune.report; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_ranks_by_layer(tmp_path):
+    folder = make_run(tmp_path / "ranks")
+    names = [
+        f"bert.encoder.layer.{block}.{kind}" for block in (0, 1, 10) for kind in ("query", "output.dense")
+    ]
+    scores = {name: 0.2 + 0.1 * number for number, name in enumerate([*names, "bert.pooler.dense"])}
+    pattern = {"^" + re.escape(name): 16 * (1 + number % 3) for number, name in enumerate(scores)}
+    config = {
+        "spectral_ranks": {"budget": 32, "choices": [16, 32, 48], "more_rank_to": "spread"},
+        "spectral_scores": dict(sorted(scores.items())),
+        "rank_pattern": pattern,
+    }
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    text = page(folder).text
+    assert (
+        "Ranks given to 7 layers under a budget of 32 a layer, more to those whose weights have the least"
+        in text
+    )
+    assert "Side: rank, up to 48. Darkness: energy score, 0.20 to 0.80" in text
+    places = [text.index(f"{name}: score {scores[name]:.3f}, rank") for name in scores]
+    assert text.index("layer.1.query: score") < text.index("layer.10.query: score") < max(places)
+    for broken in ("{", json.dumps({**config, "rank_pattern": None}), json.dumps({"spectral_ranks": None})):
+        (folder / "adapter" / "adapter_config.json").write_text(broken)
+        assert "Ranks given" not in page(folder).text

@@ -14,6 +14,8 @@ from leantune.recipes.loading import validate
 # One row a method: every test of runs goes through all of them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "lamda": {"adapter": {"type": "lamda", "r": 4}},
+    "lamda++": {"adapter": {"type": "lamda", "spectral_ranks": {"budget": 4, "choices": [2, 4, 6, 8]}}},
+    "lamda gradient": {"adapter": {"type": "lamda", "r": 4, "init": "gradient", "init_b": "vectors"}},
     "lora": {"adapter": {"type": "lora", "r": 4, "dropout": 0.1}},
     "bottleneck": {"adapter": {"type": "bottleneck", "r": 4, "dropout": 0.1}},
     "full": {"adapter": {"type": "none"}},

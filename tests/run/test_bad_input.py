@@ -140,6 +140,48 @@ def test_files_that_cannot_be_read(bert_folder: Path, tmp_path: Path, output: Pa
     assert "no train split (found: test)" in complaint(output, only_test)
 
 
+def test_several_processes_are_refused(
+    bert_folder: Path, data_folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process in this release" in complaint(
+        output, recipe(bert_folder, data_folder, output)
+    )
+
+
+def test_libraries_do_not_chatter(
+    bert_folder: Path, tmp_path: Path, output: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """datasets logs what it cannot read; the one line says it already."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text('text,label\na,b,c,d\ne,f\n"')
+    assert "train.csv: cannot be read as csv: " in complaint(
+        output, recipe(bert_folder, tmp_path / "data", output)
+    )
+    (tmp_path / "data" / "train.csv").unlink()
+    (tmp_path / "data" / "train.jsonl.gz").write_bytes(gzip.compress(b""))
+    assert "cannot be read as json: " in complaint(output, recipe(bert_folder, tmp_path / "data", output))
+    assert "Failed to read" not in capfd.readouterr().err
+
+
+def test_damaged_configs_and_tokenizers_say_so(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    leantune.train(recipe(bert_folder, data_folder, tmp_path / "run", train={"steps": 1}), console=quiet())
+    for name, said in (("config.json", "the config cannot be opened"), ("tokenizer.json", "the tokenizer")):
+        file = tmp_path / "run" / "adapter" / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=said) as caught:
+            leantune.load(tmp_path / "run")
+        assert len(str(caught.value).splitlines()) == 1
+        file.write_bytes(content)
+
+
+def test_long_values_are_cut_in_messages(bert_folder: Path, data_folder: Path, output: Path) -> None:
+    with pytest.raises(UserError, match=r"train.seed = 'xxx.*… \(100,002 characters\)") as caught:
+        recipe(bert_folder, data_folder, output, train={"seed": "x" * 100_000})
+    assert len(str(caught.value)) < 400
+
+
 def test_regression_targets_must_be_numbers(bert_folder: Path, tmp_path: Path, output: Path) -> None:
     data = folder_with(tmp_path, train=[{"text": "a", "label": "0.5"}, {"text": "b", "label": "much"}])
     made = recipe(bert_folder, data, output, model={"task": "regression"})

@@ -18,7 +18,6 @@ from leantune.comparison.plan import plan_cells, plan_methods
 from leantune.comparison.progress import RunsProgress
 from leantune.comparison.runs import run_in_process
 from leantune.errors import UserError
-from leantune.methods import METHODS
 from leantune.peft_methods.quantised import logical_numel
 from leantune.recipes import ModelRecipe
 from leantune.run import callbacks, quantization
@@ -185,23 +184,6 @@ def test_an_export_into_the_whole_base_would_be_noticed(
     monkeypatch.setattr(exporting, "_dequantised", whole)
     with pytest.raises(UserError, match="outputs differ"):
         leantune.export(run.folder, "merged", tmp_path / "merged")
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_the_capability_table_holds(
-    method: Any, bert_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
-    need("int8")
-    name = {"light-peft": "lora+light-peft", "tokentune": "lora+tokentune"}.get(method.name, method.name)
-    lean = {**SETTINGS[name], "quantize": "int8"}
-    if not method.can["quantised"]:
-        with pytest.raises(UserError, match="lean = .*: quantize (leaves nothing|and prune exclude)"):
-            recipe(bert_folder, data_folder, tmp_path / "run", lean)
-        return
-    run = leantune.train(
-        recipe(bert_folder, data_folder, tmp_path / "run", lean, train={"steps": 2}), console=quiet()
-    )
-    assert run.metrics["parameters"]["quantized"] > 0
 
 
 def test_conv1d_is_quantised_and_put_back(tmp_path: Path) -> None:

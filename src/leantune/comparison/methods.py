@@ -7,6 +7,7 @@ the recipe has settings of its own for what a method needs (its LoRA's rank, its
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from leantune.recipes import Recipe
 
 LORA = {"type": "lora", "r": 8}
 LAMDA = {"type": "lamda", "r": 32}
+LAMDA_RANKS = {**LAMDA, "spectral_ranks": {"budget": 32}}
 THIRDS = {"heads": "1/3", "neurons": "1/3"}
 TOKENS = {"keep": 0.25}
 # Where one position feeds the head, what it attends to says which tokens matter. The tokens of a language
@@ -46,6 +48,7 @@ PARTS: dict[str, Part] = {
     "full": Part("every weight is trained", {"adapter": {"type": "none"}}),
     "lora": Part("PEFT's LoRA", {"adapter": LORA}),
     "lamda": Part("adapter B·S·A, A and gradually B frozen", {"adapter": LAMDA}),
+    "lamda++": Part("LaMDA, ranks by layer from the spectra", {"adapter": LAMDA_RANKS}),
     "bottleneck": Part("the serial Adapter", {"adapter": {"type": "bottleneck"}}),
     "ckpt": Part("gradient checkpointing", train={"gradient_checkpointing": True}),
     "tokentune": Part("back-propagates through some tokens", {"tokens": TOKENS}),
@@ -85,7 +88,7 @@ def parse_methods(names: str | Sequence[str]) -> list[str]:
 
 
 def _check(name: str) -> None:
-    parts = name.split("+")
+    parts = _parts(name)
     for part in parts:
         if part not in PARTS:
             near = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.5)
@@ -109,13 +112,18 @@ def _check(name: str) -> None:
         )
 
 
+def _parts(name: str) -> list[str]:
+    """Names joined by "+"; a plus at the end of a name (lamda++) belongs to it."""
+    return re.split(r"\+(?=[^+])", name)
+
+
 def _accepted() -> str:
     return f"{', '.join(PARTS)}; joined by + where they go together, lamda+tokentune say"
 
 
 def describe(name: str) -> str:
     """A method in words."""
-    return " + ".join(PARTS[part].what for part in name.split("+"))
+    return " + ".join(PARTS[part].what for part in _parts(name))
 
 
 def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,7 +139,7 @@ def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     lean: dict[str, Any] = {}
     train: dict[str, Any] = {}
     own = recipe.to_dict()["lean"]
-    for part in name.split("+"):
+    for part in _parts(name):
         lean |= own if part == "recipe" else PARTS[part].lean
         lean |= PARTS[part].pooled if recipe.model.task in POOLED else {}
         train |= PARTS[part].train
@@ -146,7 +154,17 @@ def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def _adapter(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The recipe's own adapter where it is of that type; else the table's, on the recipe's layers."""
     if wanted["type"] == own["type"]:
-        return own
+        return _ranked(wanted, own) if own["type"] == "lamda" else own
     if {wanted["type"], own["type"]} <= _ON_LAYERS:
         return wanted | {key: own[key] for key in ("target_modules", "exclude_modules")}
     return wanted
+
+
+def _ranked(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """LaMDA and LaMDA++ differ in `spectral_ranks` alone: taken away, or put in at the recipe's own rank."""
+    if wanted == own:
+        return own
+    if "spectral_ranks" not in wanted:
+        return own | {"spectral_ranks": None}
+    ranks = own["spectral_ranks"] or {"budget": own["r"]}
+    return own | {"spectral_ranks": ranks, "rank_pattern": {}}

@@ -14,8 +14,8 @@ from typing import IO
 from leantune.comparison.plan import Cell
 from leantune.comparison.progress import RunsProgress
 from leantune.recipes import yaml
-from leantune.run.callbacks import StopOnSignal
 from leantune.run.folder import write_text
+from leantune.run.stopping import StopOnSignal
 
 LOOK_EVERY = 0.5  # seconds between looks at a running process
 LONGEST_REASON = 300  # characters

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from peft import PeftConfig, PeftType
 
 from leantune.errors import UserError
+from leantune.lamda.ranks import SpectralRanks
 from leantune.peft_methods import check_choices, check_layers, check_positive, check_ranks, check_share
 from leantune.peft_methods.checks import is_whole
 
-INITS = ("svd", "smallest", "random", "orthogonal")
+DATA_INITS = ("activation", "gradient")  # with `prepare_lamda`
+INITS = ("svd", "smallest", "random", "orthogonal", *DATA_INITS)
 INIT_SCALES = ("spectrum", "normalized", "identity")
 INIT_BS = ("vectors", "zero")
 FREEZE_ORDERS = ("largest", "smallest")
@@ -53,7 +55,8 @@ class LamdaConfig(PeftConfig):
         metadata={
             "help": "What A (and B0) span: 'svd' the leading singular vectors of W, 'smallest' "
             "those of the smallest (needs a full SVD), 'random' a scaled Gaussian, 'orthogonal' a random "
-            "orthonormal basis."
+            "orthonormal basis; from task data, by `leantune.prepare_lamda` before training: 'activation' "
+            "the leading directions of the layer's inputs, 'gradient' singular vectors of W's gradient."
         },
     )
     init_scale: str = field(
@@ -98,6 +101,20 @@ class LamdaConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Layer name or regular expression -> its alpha, instead of `lamda_alpha`."},
     )
+    spectral_ranks: SpectralRanks | None = field(
+        default=None,
+        metadata={
+            "help": "LaMDA++: the rank of each layer from the spectrum of its weight, under one budget for "
+            "all (`r` is not used then). The ranks are written into `rank_pattern` when the adapter is made."
+        },
+    )
+    spectral_scores: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Filled in with `spectral_ranks`: layer name -> energy score in [0, 1]. A config that "
+            "has them keeps its ranks: make a new one for another model."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained in full and saved with the adapter, for example a classifier."},
@@ -120,6 +137,7 @@ class LamdaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_spectral()
         check_ranks(self)
         check_positive(self, "lamda_alpha")
         check_share(self, "lamda_dropout", closed=False)
@@ -131,6 +149,23 @@ class LamdaConfig(PeftConfig):
     def from_file(self) -> bool:
         """Whether this config was read from a saved adapter (whose factors are then expected, too)."""
         return self._from_file
+
+    def _check_spectral(self) -> None:
+        if isinstance(self.spectral_ranks, dict):  # from a file, or from a person who likes it plain
+            try:
+                self.spectral_ranks = SpectralRanks(**self.spectral_ranks)
+            except TypeError as error:
+                raise UserError(
+                    f"spectral_ranks={self.spectral_ranks!r}: {str(error).rpartition('() ')[2]}; it takes "
+                    f"budget, choices and more_rank_to"
+                ) from None
+        if self.spectral_ranks is not None and not isinstance(self.spectral_ranks, SpectralRanks):
+            raise UserError(f"spectral_ranks={self.spectral_ranks!r}: must be a SpectralRanks, or None")
+        if self.spectral_ranks is not None and self.rank_pattern and not self.spectral_scores:
+            raise UserError(
+                "rank_pattern and spectral_ranks are both given, and each says the ranks of layers: "
+                "leave one of them out"
+            )
 
     def _check_start(self) -> None:
         if not is_whole(self.svd_iterations) or self.svd_iterations < 0:
@@ -147,6 +182,16 @@ class LamdaConfig(PeftConfig):
                 "init_weights": (True, False),
             },
         )
+        if self.init in DATA_INITS and self.init_scale == "spectrum":
+            raise UserError(
+                f"init_scale='spectrum' with init={self.init!r}: the singular values of W do not belong to "
+                f"directions from data; use 'identity' or 'normalized'"
+            )
+        if self.init == "activation" and self.init_b == "vectors":
+            raise UserError(
+                "init_b='vectors' with init='activation': inputs have no left singular vectors; "
+                "use init_b='zero', or init='gradient'"
+            )
         if self.freeze_ratio == 0 and self.init_b == "zero" and self.init_weights:
             raise UserError(
                 "freeze_ratio=0 with init_b='zero': B would stay zero and the adapter could never learn; "

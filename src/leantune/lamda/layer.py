@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from leantune.errors import UserError
-from leantune.lamda.config import LamdaConfig
+from leantune.lamda.config import DATA_INITS, LamdaConfig
 from leantune.lamda.function import LowRank
-from leantune.lamda.init import initial_factors
+from leantune.lamda.init import Factors, Spectrum, initial_factors
 from leantune.lamda.merging import Merging
 
 
@@ -63,6 +63,7 @@ class LamdaLinear(nn.Module, Merging):
         "held",
         "pending",
         "scheduled",
+        "unprepared",
     )
 
     def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
@@ -88,6 +89,8 @@ class LamdaLinear(nn.Module, Merging):
         self.held: dict[str, int] = {}
         # Adapters whose factors are expected from a file and are still NaN; see `materialize`.
         self.pending: dict[str, bool] = {}
+        # Adapters whose A comes from data and is still zero; see `prepare_lamda`.
+        self.unprepared: dict[str, bool] = {}
         # Adapters that a freezing schedule looks after.
         self.scheduled: dict[str, bool] = {}
         self.frozen_peft_weight_names = {}
@@ -95,7 +98,15 @@ class LamdaLinear(nn.Module, Merging):
 
     # -- making an adapter -----------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, r: int, alpha: float, config: LamdaConfig, name: str) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float,
+        config: LamdaConfig,
+        name: str,
+        spectrum: Spectrum | None = None,
+    ) -> None:
         """Add the adapter `adapter_name` of rank `r` to this layer.
 
         Args:
@@ -104,6 +115,7 @@ class LamdaLinear(nn.Module, Merging):
             alpha: The scale is alpha / r.
             config: The adapter's settings.
             name: The layer's name in the model, for messages.
+            spectrum: Of the base weight, if it is known already.
 
         Raises:
             UserError: The rank is larger than the layer.
@@ -124,7 +136,7 @@ class LamdaLinear(nn.Module, Merging):
         dropout = config.lamda_dropout
         self.lamda_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self._add_trained(adapter_name, r, config)
-        self._add_fixed(adapter_name, r, config)
+        self._add_fixed(adapter_name, r, config, spectrum)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_trained(self, adapter_name: str, r: int, config: LamdaConfig) -> None:
@@ -139,23 +151,28 @@ class LamdaLinear(nn.Module, Merging):
         self.lamda_B[adapter_name] = nn.Parameter(B)
         self.lamda_B_frozen[adapter_name] = B.new_empty(self.out_features, 0)
 
-    def _add_fixed(self, adapter_name: str, r: int, config: LamdaConfig) -> None:
+    def _add_fixed(self, adapter_name: str, r: int, config: LamdaConfig, spectrum: Spectrum | None) -> None:
         device, dtype = self._place()
         shapes: dict[str, tuple[int, ...]] = {"lamda_A": (r, self.in_features)}
         if config.init_scale != "identity":
             shapes["lamda_S0"] = (r,)
         if config.init_b == "vectors":
             shapes["lamda_B0"] = (self.out_features, r)
+        from_data = config.init in DATA_INITS
         for attribute, shape in shapes.items():
-            getattr(self, attribute)[adapter_name] = torch.full(shape, torch.nan, dtype=dtype, device=device)
+            value = torch.full(shape, 0.0 if from_data else torch.nan, dtype=dtype, device=device)
+            getattr(self, attribute)[adapter_name] = value
         if device.type == "meta":
             return  # nothing to compute from; whoever fills the base fills these
+        if from_data:
+            self.unprepared[adapter_name] = True
+            return
         self.pending[adapter_name] = True
         expects_file = config.from_file or self.lamda_S[adapter_name].device.type == "meta"
         if not expects_file:
-            self.materialize(adapter_name)
+            self.materialize(adapter_name, spectrum)
 
-    def materialize(self, adapter_name: str) -> None:
+    def materialize(self, adapter_name: str, spectrum: Spectrum | None = None) -> None:
         """Fill A, S0 and B0 of an adapter that was made in the expectation of a file and did not get one.
 
         An adapter whose config comes from a file starts with factors of NaN instead of a costly SVD that the
@@ -163,13 +180,46 @@ class LamdaLinear(nn.Module, Merging):
         """
         if not self.pending.pop(adapter_name, False) or not self.lamda_A[adapter_name].isnan().any():
             return
-        factors = initial_factors(self._base_matrix(), self.r[adapter_name], self.config[adapter_name])
+        factors = initial_factors(
+            self.base_matrix(), self.r[adapter_name], self.config[adapter_name], spectrum
+        )
+        self.set_factors(adapter_name, factors)
+
+    def set_factors(self, adapter_name: str, factors: Factors) -> None:
+        """Write those of A, S0 and B0 that the adapter has, in their own dtypes."""
         for attribute, value in (("lamda_A", factors.A), ("lamda_S0", factors.S0), ("lamda_B0", factors.B0)):
             buffers = getattr(self, attribute)
             if adapter_name in buffers:
                 buffers[adapter_name] = value.to(buffers[adapter_name])
 
-    def _base_matrix(self) -> Tensor:
+    def set_product(self, adapter_name: str, left: Tensor, A: Tensor) -> None:
+        """Make a new adapter of scale 1 without S0 and B0 compute left A x: dS = 0, so B A x with S = 1.
+
+        Args:
+            adapter_name: Whose factors are not filled in yet.
+            left: (d_out, r).
+            A: (r, d_in).
+        """
+        self.pending.pop(adapter_name, None)
+        self.lamda_A[adapter_name].copy_(A)
+        self.lamda_S[adapter_name].zero_()
+        self.lamda_B[adapter_name].copy_(left)
+
+    def is_unprepared(self, adapter_name: str) -> bool:
+        """Whether A should have come from data and did not, neither by `prepare_lamda` nor from a file."""
+        if self.unprepared.get(adapter_name, False) and self.lamda_A[adapter_name].any():
+            self.unprepared.pop(adapter_name)
+        return self.unprepared.get(adapter_name, False)
+
+    def _refuse_training_unprepared(self, adapter_name: str) -> None:
+        trained = self.training and torch.is_grad_enabled() and self.lamda_S[adapter_name].requires_grad
+        if trained and self.is_unprepared(adapter_name):
+            raise UserError(
+                f"init={self.config[adapter_name].init!r}: adapter {adapter_name!r} has seen no data yet and "
+                f"could learn nothing; call leantune.prepare_lamda(model, batches) before the training"
+            )
+
+    def base_matrix(self) -> Tensor:
         """The base weight as (d_out, d_in)."""
         W = self.get_base_weight()
         return W.T if isinstance(self.get_base_layer(), Conv1D) else W
@@ -271,6 +321,8 @@ class LamdaLinear(nn.Module, Merging):
         """
         if self.pending:
             self.materialize(adapter_name)
+        if self.unprepared:
+            self._refuse_training_unprepared(adapter_name)
         # Cast A, not x: a cast copy of x would be kept for every layer.
         z = F.linear(x, self.lamda_A[adapter_name].to(x.dtype))  # (..., r)
         return LowRank.apply(

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from leantune.errors import UserError
+from leantune.lamda.combining import Combining
 from leantune.lamda.config import LamdaConfig
+from leantune.lamda.init import Spectrum
 from leantune.lamda.layer import LamdaLinear
+from leantune.lamda.spectral import anchored, spectral_ranks, targeted_layers
 from leantune.peft_methods import MixedBatch
 from leantune.peft_methods.quantised import make_trainable
 
 
-class LamdaModel(MixedBatch):
+class LamdaModel(MixedBatch, Combining):
     """The PEFT tuner of LaMDA. Made by `peft.get_peft_model(model, LamdaConfig(...))`, not by hand."""
 
     prefix = "lamda_"
@@ -48,15 +51,14 @@ class LamdaModel(MixedBatch):
         current_key: str,
         **_: Any,
     ) -> None:
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(list(config.alpha_pattern), current_key), config.lamda_alpha
-        )
+        r = _of_layer(config.rank_pattern, current_key, config.r)
+        alpha = _of_layer(config.alpha_pattern, current_key, config.lamda_alpha)
         settings: dict[str, Any] = {
             "r": r,
             "alpha": float(r if alpha is None else alpha),
             "config": config,
             "name": current_key,
+            "spectrum": self._spectra.pop(current_key, None),
         }
         if isinstance(target, LamdaLinear):
             target.update_layer(adapter_name, **settings)
@@ -86,6 +88,26 @@ class LamdaModel(MixedBatch):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in lamda_layers(self.model).values():
             layer.keep_projection_dtype(adapter_name)
+
+    # -- LaMDA++: ranks from the spectrum, when an adapter is made -------------------------------------------
+
+    def _prepare_model(self, config: LamdaConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """Fill in `rank_pattern` from `spectral_ranks`. Loading finds it filled in, and needs no spectrum."""
+        # Layer name -> what was computed for its score and is used again for its factors.
+        self._spectra: dict[str, Spectrum] = {}
+        if config.spectral_ranks is None:
+            return
+        layers = targeted_layers(config, model)
+        if not config.spectral_scores:
+            matrices = {name: self._new_layer(layer, name).base_matrix for name, layer in layers.items()}
+            pattern, self._spectra = spectral_ranks(matrices, config)
+            config.rank_pattern, config.spectral_scores = pattern.rank_pattern, pattern.scores
+        strangers = [name for name in layers if name not in config.spectral_scores]
+        if strangers:
+            raise UserError(
+                f"spectral_scores: this config carries the ranks of another model, without layer "
+                f"{strangers[0]!r}; make a new LamdaConfig for this one"
+            )
 
     # -- files: B in one piece, everything that the adapter needs, no SVD on loading -------------------------
 
@@ -132,6 +154,15 @@ class LamdaModel(MixedBatch):
                 state[f"{name}.lamda_B_frozen.{adapter_name}"] = B[:, :frozen].contiguous()
                 state[key] = B[:, frozen:].contiguous()
         return state
+
+
+def _of_layer(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """A layer's own value: of its anchored full name, else of the first key that matches, else the default.
+
+    Full names first because they are many with LaMDA++, and matching each against all takes long.
+    """
+    own = pattern.get(anchored(name))
+    return pattern.get(get_pattern_key(list(pattern), name), default) if own is None else own
 
 
 def lamda_layers(model: nn.Module) -> dict[str, LamdaLinear]:

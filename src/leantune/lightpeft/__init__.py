@@ -2,7 +2,7 @@
 
 from leantune.lightpeft.config import LightPeftConfig
 from leantune.lightpeft.decide import check_amounts, learned_plan, make_plan, random_plan
-from leantune.lightpeft.estimation import LightPeftEstimation, attach_masks, detach_masks
+from leantune.lightpeft.estimation import LightPeftEstimation, attach_masks, detach_masks, estimation_of
 from leantune.lightpeft.express import plain_config
 from leantune.lightpeft.load import Weights, load_pruned
 from leantune.lightpeft.plan import PruningPlan
@@ -18,6 +18,7 @@ __all__ = [
     "attach_masks",
     "check_amounts",
     "detach_masks",
+    "estimation_of",
     "grow",
     "learned_plan",
     "load_pruned",

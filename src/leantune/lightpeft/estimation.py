@@ -51,6 +51,7 @@ class Estimation:
         self._masks = Masks(model, self.groups, config)
         parts = (self._masks, self._modules, self._ranks)
         self._parts: tuple[Any, ...] = tuple(part for part in parts if part is not None)
+        self._skip = False
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -88,6 +89,16 @@ class Estimation:
             if part is not None:
                 part.active = measure
 
+    def pause(self) -> bool:
+        """Measure nothing until the next `begin_step`; returns whether anything was being measured."""
+        measuring = any(part.active for part in (self._modules, self._ranks) if part is not None)
+        self.begin_step(measure=False)
+        return measuring
+
+    def skip_step(self) -> None:
+        """Drop what the step's passes have left; the `step` that follows does nothing."""
+        self._skip = True
+
     def step(self, scaler: Any = None) -> None:
         """Between the backward passes of an optimizer step and `optimizer.step()`; on every process.
 
@@ -95,11 +106,21 @@ class Estimation:
             scaler: The loss scaler of fp16 training, if there is one. The parameters' gradients must be
                 unscaled by now (Trainer always has), the masks' are not.
         """
+        if self._skip:
+            self._skip = False
+            self.forget_step()
+            return
         if self._ranks is not None:
             self._ranks.step()
         if self._modules is not None:
             self._modules.step()
         self._masks.step(scaler)
+
+    def forget_step(self) -> None:
+        """The passes since the last step have not been."""
+        if self._modules is not None:
+            self._modules.forget_step()
+        self._masks.forget_step()
 
     def reset(self) -> None:
         """As new: masks of ones, nothing measured, everything on the devices where the model is now."""

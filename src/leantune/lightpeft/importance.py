@@ -72,6 +72,11 @@ class ModuleImportance:
             self._step.zero_()
         self._frozen = None
 
+    def forget_step(self) -> None:
+        """Drop what was measured since the last step."""
+        self._step.zero_()
+        self._frozen = None
+
     def read(self) -> dict[str, float]:
         """IM by module name.
 

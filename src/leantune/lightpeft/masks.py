@@ -88,6 +88,11 @@ class Masks:
             self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def forget_step(self) -> None:
+        """Drop the gradients of the passes since the last step."""
+        for value in self.values.values():
+            value.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """Masks and Adam's state as tensors by name."""
         tensors = {}

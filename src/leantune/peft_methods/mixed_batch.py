@@ -13,7 +13,10 @@ from torch import nn
 
 
 class MixedBatch(BaseTuner):
-    """The part of a tuner that hands `adapter_names` down to its layers. It has no state of its own."""
+    """The part of a tuner that hands `adapter_names` down to its layers, and mends PEFT's unloading.
+
+    It has no state of its own.
+    """
 
     tuner_layer_cls: Any
 
@@ -40,6 +43,13 @@ class MixedBatch(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        """PEFT's own takes what a `modules_to_save` wraps for one layer with a weight; it may be many."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _encoder_modules(self) -> set[nn.Module]:
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None

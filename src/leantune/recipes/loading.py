@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from leantune.errors import UserError
+from leantune.errors import UserError, shown
 from leantune.recipes import yaml
 from leantune.recipes.schema import Recipe
 from leantune.recipes.training_arguments import check_extra_arguments
@@ -72,7 +72,9 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
         if inner is None:
             inner = data[key] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{'.'.join(keys)}: {'.'.join(keys[:depth])} is {inner!r}, not a group of keys")
+            raise UserError(
+                f"{'.'.join(keys)}: {'.'.join(keys[:depth])} is {shown(inner)}, not a group of keys"
+            )
         data = inner
     data[keys[-1]] = value
 
@@ -105,12 +107,12 @@ def _line(data: Mapping[str, Any], details: ErrorDetails) -> str:
         return f"{key} is missing"
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_suggest(keys[-1], _accepted_keys(keys[:-1], data))}"
-    given = f"{key} = {details['input']!r}"
+    given = f"{key} = {shown(details['input'])}"
     if kind in ("literal_error", "enum"):
         return f"{given}: accepted are {context['expected']}{_near(details['input'], context['expected'])}"
     if kind == "union_tag_invalid":
         tags = context["expected_tags"]
-        return f"{key}.type = {context['tag']!r}: accepted are {tags}{_near(context['tag'], tags)}"
+        return f"{key}.type = {shown(context['tag'])}: accepted are {tags}{_near(context['tag'], tags)}"
     if kind == "union_tag_not_found":
         return f"{key}.type is missing: accepted are 'lamda', 'lora', 'bottleneck', 'none'"
     if kind in _BOUND:

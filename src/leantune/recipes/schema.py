@@ -64,6 +64,18 @@ class DataRecipe(Strict):
     )
 
 
+class SpectralRanksRecipe(Strict):
+    """LaMDA++: each layer's rank from the spectrum of its weight, under one budget for all."""
+
+    budget: PositiveInt = Field(32, description="the rank that an equal treatment would give every layer")
+    choices: list[PositiveInt] | None = Field(
+        None, description="ranks to give out; null: the budget times 1/2, 3/4, 1, 3/2 and 2"
+    )
+    more_rank_to: Literal["spread", "concentrated"] = Field(
+        "spread", description="layers whose energy is spread over many directions, or concentrated in few"
+    )
+
+
 class LamdaRecipe(Strict):
     """LaMDA: an adapter B·S·A with A frozen, S trained, B frozen gradually."""
 
@@ -73,14 +85,22 @@ class LamdaRecipe(Strict):
     dropout: Probability = Field(0.0, description="on the r-dimensional A·x")
     target_modules: Modules = Field("all-linear", description="which layers, as in PEFT")
     exclude_modules: Modules | None = Field(None, description="which layers not, as in PEFT")
-    init: Literal["svd", "random", "orthogonal", "smallest"] = Field(
-        "svd", description="what A (and B's directions) span at the start"
+    init: Literal["svd", "random", "orthogonal", "smallest", "activation", "gradient"] = Field(
+        "svd",
+        description="what A (and B's directions) span at the start: from the weights, from chance, or from "
+        "a look at the training data",
     )
     init_scale: Literal["spectrum", "normalized", "identity"] = Field(
         "identity", description="S at the start"
     )
     init_b: Literal["vectors", "zero"] = Field(
         "zero", description="B at the start: left singular vectors, or 0"
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="layer name or regular expression: its own rank, as in PEFT"
+    )
+    spectral_ranks: SpectralRanksRecipe | None = Field(
+        None, description="LaMDA++: ranks by layer from the weights' spectra, instead of one r"
     )
     freeze_ratio: Share = Field(0.3, description="share of the run after which all of B is frozen")
     freeze_order: Literal["largest", "smallest"] = Field(
@@ -237,6 +257,9 @@ class TrainRecipe(BaseModel):
     eval_batch_size: PositiveInt = Field(64, description="rows a device and forward pass in evaluation")
     learning_rate: PositiveFloat | None = Field(None, description="null: the method's usual one")
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite: stop, or skip the step and count it"
+    )
 
 
 class Recipe(Strict):
@@ -277,8 +300,14 @@ class Recipe(Strict):
         parts += ["tokentune"] if self.lean.tokens is not None else []
         parts += [self.lean.quantize] if self.lean.quantize is not None else []
         if adapter != "none" or not parts:
-            parts.insert(0, "full" if adapter == "none" else adapter)
+            parts.insert(0, _adapter_name(self.lean.adapter))
         return "+".join(parts)
+
+
+def _adapter_name(adapter: AdapterRecipe) -> str:
+    if isinstance(adapter, LamdaRecipe) and adapter.spectral_ranks is not None:
+        return "lamda++"
+    return "full" if adapter.type == "none" else adapter.type
 
 
 # Where a recipe names none: on the careful side. Small encoders take several times more (docs/experiments).

@@ -107,6 +107,8 @@ def parameter_facts(metrics: Mapping[str, Any]) -> list[Fact]:
     ]
     if head is not None:
         rows.append(Fact("of these in the task head", format_count(head)))
+    if p.get("quantized"):
+        rows.append(Fact("Held quantised", format_count(p["quantized"]), _share(p["quantized"], total)))
     rows.append(Fact("Removed from the base", format_share(p.get("base_removed_fraction"))))
     return rows
 
@@ -145,6 +147,8 @@ def speed_facts(metrics: Mapping[str, Any]) -> list[Fact]:
         Fact("One step", format_seconds(speed.get("step_seconds_median")), "median"),
         Fact("Tokens a second", format_count(rate), "padding left out" if is_finite(rate) else ""),
     ]
+    if skipped := metrics.get("skipped_steps"):
+        rows.append(Fact("Skipped steps", format_count(skipped), "loss or gradient was not finite"))
     if estimate:
         rows.insert(0, Fact("Estimation", format_seconds(estimate), "masks, before pruning"))
     return rows

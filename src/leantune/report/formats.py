@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from typing import Any
 
 MISSING = "–"
@@ -169,7 +170,9 @@ def method_name(method: Any) -> str:
         return " + ".join(method_name(each) for each in method)
     if str(method) in _METHODS:
         return _METHODS[str(method)]
-    return " + ".join(_METHODS.get(part.strip(), part.strip()) for part in str(method).split("+"))
+    return " + ".join(
+        _METHODS.get(part.strip(), part.strip()) for part in re.split(r"\+(?=[^+])", str(method))
+    )
 
 
 def real_metrics(values: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from leantune.report.formats import (
 )
 from leantune.report.predictions import Verdict, read_prediction, spread, surest_mistakes
 from leantune.report.pruning import read_pruning
+from leantune.report.ranks import read_ranks
 from leantune.report.runlog import RunLog, read_jsonl, read_log
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def read_run(run_folder: Path) -> RunRecord:
     run_folder = Path(run_folder)
     path = run_folder / "metrics.json"
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         raise UserError(f"{run_folder} holds no finished run: {path.name} is missing") from None
     except ValueError as error:
@@ -64,7 +65,7 @@ def read_run(run_folder: Path) -> RunRecord:
     if not isinstance(metrics, dict):
         raise UserError(f"{path} holds a {type(metrics).__name__}, not an object with keys")
     recipe_path = run_folder / "recipe.yaml"
-    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.is_file() else ""
+    recipe_text = recipe_path.read_text("utf-8", errors="replace") if recipe_path.is_file() else ""
     predictions, _ = read_jsonl(run_folder / "predictions.jsonl")
     log = read_log(run_folder / "log.jsonl")
     return RunRecord(run_folder, metrics, log, recipe_text, _parse_recipe(recipe_text), predictions)
@@ -153,6 +154,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "costs": facts.costs(metrics),
         "remarks": _remarks(run.log),
         "pruning": read_pruning(run.folder),
+        "ranks": read_ranks(run.folder),
         "tables": {
             "Parameters": facts.parameter_facts(metrics),
             "Memory": facts.memory_facts(metrics),

@@ -45,8 +45,12 @@ class RunLog:
 
     @property
     def not_finite(self) -> list[int]:
-        """Steps whose loss was NaN or infinite."""
-        return [int(r["step"]) for r in self.steps if is_number(r.get("loss")) and not is_finite(r["loss"])]
+        """Steps whose loss or gradient was NaN or infinite (a skipped one has no loss in the log)."""
+        return [
+            int(row["step"])
+            for row in self.steps
+            if row.get("skipped") or (is_number(row.get("loss")) and not is_finite(row["loss"]))
+        ]
 
     def series(self, name: str) -> Points:
         """Finite values of `name` over the training steps."""

@@ -1,13 +1,9 @@
-"""What watches a training run: the log, the progress bar, the stop signal."""
+"""What watches a training run: the log and the progress bar."""
 
 from __future__ import annotations
 
 import json
-import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from leantune.errors import RunError
 from leantune.measure import StepClock
-from leantune.run.folder import write_text
+from leantune.run.folder import sync, write_text
 
 SECONDARY = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
@@ -46,7 +41,10 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Drop lines from after the checkpoint that this run resumes from; set up the clock."""
         self._clock = StepClock(args.device)
-        write_text(self.file, "".join(_upto(self.file, state.global_step, self.stage)))
+        lines = _upto(self.file, state.global_step, self.stage)
+        if not was_evaluated(state):  # after the checkpoint was written: it will be again
+            lines = (line for line in lines if not _is_evaluation(line, state.global_step))
+        write_text(self.file, "".join(lines))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,17 +67,14 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write a training step's line."""
-        if not logs or "loss" not in logs:
+        if not logs or "learning_rate" not in logs:
             return
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        if "skipped" in logs:
+            line["skipped"] = True  # the update, because loss or gradient were not finite
         line["step_seconds"] = round(self._seconds, 6)
         self._write(line | self.extra())
-        if not math.isfinite(line["loss"]):
-            raise RunError(
-                f"step {state.global_step}: the loss is {line['loss']}; try a lower train.learning_rate "
-                f"(now {args.learning_rate:g}). Checkpoints from before are kept"
-            )
 
     def on_evaluate(
         self,
@@ -94,6 +89,11 @@ class RunLog(TrainerCallback):
             return
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)}
         self._write(line | {"evaluation": "validation"} | plain_metrics(metrics, "eval"))
+
+    def flush(self) -> None:
+        """Force what is written to disk: before a checkpoint that this log must reach up to."""
+        if self.file.is_file():
+            sync(self.file)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.stage is not None:
@@ -112,7 +112,7 @@ def _upto(file: Path, step: int | None, stage: str | None) -> Iterator[str]:
     """Whole lines up to a step of a stage, with all of the stages before; half a line is left out."""
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             content = json.loads(line)
             at, of = content["step"], content.get("stage")
@@ -120,6 +120,21 @@ def _upto(file: Path, step: int | None, stage: str | None) -> Iterator[str]:
             continue
         if (of == stage and (step is None or at <= step)) or (stage is None and of is not None):
             yield line
+
+
+def _is_evaluation(line: str, step: int) -> bool:
+    content = json.loads(line)
+    return "evaluation" in content and content["step"] == step
+
+
+def was_evaluated(state: TrainerState) -> bool:
+    """Whether the model was evaluated after the step that the state is of."""
+    for entry in reversed(state.log_history):
+        if entry.get("step") != state.global_step:
+            return False
+        if "eval_runtime" in entry:
+            return True
+    return False
 
 
 def plain_metrics(metrics: dict[str, float], prefix: str) -> dict[str, float]:
@@ -194,45 +209,3 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While this lasts, the signals are ours (in the main thread; elsewhere nothing changes)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The Trainer takes a stop for an epoch's end: no evaluation, whose draws no other run would see."""
-        if self.received is not None and state.global_step < state.max_steps:
-            control.should_evaluate = False
-            control.should_save = False

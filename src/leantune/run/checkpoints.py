@@ -12,25 +12,38 @@ import re
 import shutil
 from pathlib import Path
 
-from leantune._version import __version__
-from leantune.run.folder import flush, write_json
+from leantune.run.folder import flush, remove_folder, take_place, write_json
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"^checkpoint-(\d+)$")
+WRITING = ".writing-"  # a checkpoint's folder begins with this until it is complete
+_NAME = re.compile(r"^checkpoint-([0-9]{1,18})$")
+_LARGEST_MANIFEST = 1 << 24
 
 
-def seal(written: Path, place: Path, step: int) -> None:
-    """Make `written` a complete checkpoint and move it to `place`."""
+def seal(written: Path, place: Path, step: int, versions: dict[str, str]) -> None:
+    """Make `written` a complete checkpoint and move it to `place`.
+
+    Args:
+        written: The folder with all files of the checkpoint.
+        place: Its name from now on.
+        step: Optimizer steps done.
+        versions: Of the packages that wrote it.
+    """
     files = {
         str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(written.rglob("*"))
         if file.is_file()
     }
-    write_json(written / MANIFEST, {"step": step, "leantune": __version__, "files": files})
+    write_json(written / MANIFEST, {"step": step, "versions": versions, "files": files})
     flush(written)
-    if place.exists():
-        shutil.rmtree(place)
-    written.replace(place)
+    take_place(written, place)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process was about to write or to remove."""
+    for pattern in (f"{WRITING}*", ".*.tmp", ".*.gone"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
@@ -58,28 +71,50 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def whats_wrong(checkpoint: Path) -> str | None:
     """None if the checkpoint is whole, else what is not."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return "not a folder"
+    manifest = checkpoint / MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        if manifest.stat().st_size > _LARGEST_MANIFEST:
+            return "its manifest is damaged"
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files, step = dict(content["files"]), content["step"]
     except FileNotFoundError:
         return "incomplete (no manifest)"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return "its manifest is damaged"
+    if f"checkpoint-{step}" != checkpoint.name:
+        return f"its manifest is of step {step!r}"
+    there = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if not file.is_dir()}
+    for name in sorted(there - {MANIFEST} - files.keys()):
+        return f"{name} is not in its manifest"  # nothing is read that was not checked
     for name, facts in files.items():
         file = checkpoint / name
         if not file.resolve().is_relative_to(checkpoint.resolve()):
             return f"its manifest names a file outside ({name})"
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts.get("bytes") or sha256(file) != facts.get("sha256"):
+        known = facts if isinstance(facts, dict) else {}
+        if file.stat().st_size != known.get("bytes") or sha256(file) != known.get("sha256"):
             return f"{name} is damaged"
     return None
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints."""
-    for checkpoint in list_checkpoints(folder)[: -max(count, 1)]:
-        shutil.rmtree(checkpoint)
+def keep_newest(folder: Path, count: int, newest: int) -> None:
+    """Remove old checkpoints, and those that were passed over when the run was resumed.
+
+    Args:
+        folder: Of checkpoints.
+        count: How many stay.
+        newest: Step of the one that was just written, and is therefore whole. Whatever has a higher number
+            was not, or the run would have been resumed from it.
+    """
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in list_checkpoints(folder)}
+    older = [step for step in steps if step < newest and (steps[step] / MANIFEST).is_file()]
+    kept = {newest, *(older[-(count - 1) :] if count > 1 else ())}
+    for step, path in steps.items():
+        if step not in kept:
+            remove_folder(path)
 
 
 def sha256(file: Path) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import gzip
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.utils import logging as datasets_logging
 
-from leantune.errors import UserError
+from leantune.errors import UserError, first_line
 from leantune.recipes import DataRecipe
 
 SPLITS = ("train", "validation", "test")
@@ -129,10 +130,23 @@ def _open_files(files: dict[str, Path]) -> DatasetDict:
         if builder != "parquet":
             _check_text(file)
         try:
-            splits[name] = load_dataset(builder, data_files={name: str(file)}, split=name)
-        except (DatasetGenerationError, ValueError, OSError) as error:
+            with _quiet_datasets():  # it logs the failure, which is told below
+                splits[name] = load_dataset(builder, data_files={name: str(file)}, split=name)
+        except (
+            Exception
+        ) as error:  # pyarrow's, pandas' and datasets' own kinds; to a person they mean the same
             raise UserError(f"{file}: cannot be read as {builder}: {_reason(error)}") from None
     return splits
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
 
 
 def _check_text(file: Path) -> None:
@@ -164,7 +178,7 @@ def _reason(error: BaseException) -> str:
     """The innermost cause's first line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _sample(splits: DatasetDict, recipe: DataRecipe, seed: int) -> DatasetDict:

@@ -99,6 +99,9 @@ def collect_metrics(
         "evaluation": evaluation,
         "adapter_bytes": sum(file.stat().st_size for file in folder.saved_weights().glob("*.safetensors")),
         "steps": facts["steps"],
+        "skipped_steps": sum(
+            line.get("skipped", False) for stage in (STAGE, None) for line in read_log(folder.log_file, stage)
+        ),
     }
 
 

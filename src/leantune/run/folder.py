@@ -32,6 +32,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.estimation = self.checkpoints / "estimation"
         self.warm_start = self.checkpoints / "warm-start"
+        self._folders = (self.adapter, self.model, self.checkpoints, self.pruning)
+        self._files = (self.metrics_file, self.log_file, self.predictions_file, self.report_file)
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -45,6 +47,7 @@ class RunFolder:
             raise UserError(f"{path}: no such run folder")
         if not folder.recipe_file.is_file():
             raise UserError(f"{path}: not a run folder (no recipe.yaml in it)")
+        folder.refuse_links()
         return folder
 
     def recipe(self) -> Recipe:
@@ -60,7 +63,7 @@ class RunFolder:
             return None
         try:
             return json.loads(self.metrics_file.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{self.metrics_file}: not valid JSON") from None
 
     def saved_weights(self) -> Path:
@@ -84,8 +87,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output = {str(self.path)!r}: is a file")
-        holds_something = self.path.is_dir() and any(self.path.iterdir())
-        if not holds_something:
+        self.refuse_links()
+        if self._is_empty():
             if resume:
                 raise UserError(f"output = {str(self.path)!r}: no run to resume")
             return
@@ -95,6 +98,23 @@ class RunFolder:
             self._check_same(recipe)
         elif not overwrite:
             raise UserError(f"output = {str(self.path)!r}: holds a run already; use --resume or --overwrite")
+
+    def _is_empty(self) -> bool:
+        """Whether nothing lies here but a recipe that a killed process was about to write."""
+        return not self.path.is_dir() or all(
+            entry == _temporary(self.recipe_file) for entry in self.path.iterdir()
+        )
+
+    def refuse_links(self) -> None:
+        """A run's own files lie in its folder: what is written there must not land elsewhere.
+
+        Raises:
+            UserError: One of them, or a checkpoint, is a symbolic link.
+        """
+        inside = [place for folder in (self.checkpoints, self.estimation) for place in folder.glob("*")]
+        for place in [*self._folders, self.estimation, self.warm_start, *self._files, *inside]:
+            if place.is_symlink():
+                raise UserError(f"{place}: is a symbolic link; a run's folder may hold none")
 
     def _check_same(self, recipe: Recipe) -> None:
         old, new = _flat(self.recipe().to_dict()), _flat(recipe.to_dict())
@@ -107,31 +127,37 @@ class RunFolder:
         """Make the folder ready: an old run goes, if it may, and the recipe is written."""
         if overwrite:
             self.clear()
+        self._sweep()
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe_file, yaml.dump(recipe.to_dict()))
 
+    def _sweep(self) -> None:
+        """What a killed process was about to write or to remove, under names that only this module gives."""
+        for place in self._folders:
+            for leftover in (_temporary(place), _doomed(place)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        for place in (*self._files, self.recipe_file):
+            _temporary(place).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove a run's own files and folders, nothing else."""
-        for folder in (self.adapter, self.model, self.checkpoints, self.pruning):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (
-            self.metrics_file,
-            self.log_file,
-            self.predictions_file,
-            self.report_file,
-            self.recipe_file,
-        ):
+        for file in self._files:  # metrics first: without them the rest is no finished run
             file.unlink(missing_ok=True)
+        for folder in self._folders:
+            if folder.is_dir():
+                remove_folder(folder)
+        self.recipe_file.unlink(missing_ok=True)  # last: while it is there, the folder is a run's
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a file whole or not at all; it is on the disk when this returns."""
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,27 +171,54 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     A folder that stood there stays until the new one is complete.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         flush(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_place(written: Path, place: Path) -> None:
+    """Rename a complete folder to `place`; one that stood there goes."""
+    if place.exists():
+        remove_folder(place)
+    written.replace(place)
+    sync(place.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: gone under its name at once, so that no half of it can be taken for the whole."""
+    doomed = _doomed(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def flush(folder: Path) -> None:
     """Force all files of a folder, and the folders' own entries, to disk."""
     for entry in [*folder.rglob("*"), folder]:
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(entry)
+
+
+def sync(entry: Path) -> None:
+    """Force one file's content, or one folder's entries, to disk."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _doomed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.gone")
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

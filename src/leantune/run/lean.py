@@ -7,8 +7,9 @@ two alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -19,7 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from leantune.anatomy import find_groups
 from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
-from leantune.lamda import LamdaConfig, LamdaFreezing, frozen_share
+from leantune.lamda import (
+    LamdaConfig,
+    LamdaFreezing,
+    SpectralRanks,
+    frozen_share,
+    prepare_lamda,
+    unprepared_adapters,
+)
 from leantune.lightpeft import (
     Adapter,
     LightPeftConfig,
@@ -27,6 +35,7 @@ from leantune.lightpeft import (
     PruningPlan,
     attach_masks,
     check_amounts,
+    estimation_of,
     learned_plan,
     random_plan,
     shrink,
@@ -38,7 +47,10 @@ from leantune.tokentune import (
     ChoosingCollator,
     TokenTuneConfig,
     TokenTuneState,
+    has_tokens,
+    learned_tokens,
     set_token_state,
+    token_part,
     token_state,
     token_tune,
 )
@@ -47,6 +59,7 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
+    ranks = recipe.spectral_ranks
     return LamdaConfig(
         r=recipe.r,
         lamda_alpha=recipe.alpha,
@@ -56,6 +69,8 @@ def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
         init_b=recipe.init_b,
         freeze_ratio=recipe.freeze_ratio,
         freeze_order=recipe.freeze_order,
+        rank_pattern=dict(recipe.rank_pattern),
+        spectral_ranks=None if ranks is None else SpectralRanks(**ranks.model_dump()),
         **common,
     )
 
@@ -208,6 +223,20 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
         raise UserError(f"lean.adapter: {reason}") from None
 
 
+def prepare(model: nn.Module, recipe: Recipe, batches: Iterable[dict[str, Any]]) -> None:
+    """Show an adapter some training data whose start comes from there (LaMDA's init), unless it has one.
+
+    Raises:
+        UserError: A layer sees nothing of the data.
+    """
+    for adapter_name in unprepared_adapters(model):
+        try:
+            with undisturbed(model):
+                prepare_lamda(model, batches, adapter_name, seed=recipe.train.seed)
+        except UserError as error:
+            raise UserError(f"lean.adapter: {error}") from None
+
+
 def trained_in_full(model: nn.Module, task_type: str) -> list[str]:
     """Modules that an adapter leaves to be trained as they are, and saves: the head, and what is new.
 
@@ -232,12 +261,75 @@ def estimation_callbacks(recipe: Recipe) -> list[TrainerCallback]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Forward passes in here leave the methods' own state (which tokens come next) as it was."""
-    state = token_state(model) if recipe.lean.tokens is not None else None
-    yield
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes in here leave the methods' own state as it was: the next tokens, what is measured."""
+    tokens = token_state(model) if has_tokens(model) else None
+    estimation = estimation_of(model)
+    measuring = estimation.pause() if estimation is not None else None
+    try:
+        yield
+    finally:
+        if tokens is not None:
+            set_token_state(model, tokens)
+        if estimation is not None and measuring is not None:
+            estimation.begin_step(measuring)
+
+
+def forget_step(model: nn.Module, state: dict[str, int] | None) -> None:
+    """The passes of the step in progress have not been; `state` is what `tokens_now` said before them."""
+    estimation = estimation_of(model)
+    if estimation is not None:
+        estimation.forget_step()
     if state is not None:
         set_token_state(model, state)
+
+
+def tokens_now(model: nn.Module) -> dict[str, int] | None:
+    """What the next choice of tokens depends on; None without token selection."""
+    return token_state(model) if has_tokens(model) else None
+
+
+@contextmanager
+def part_of_batch(model: nn.Module, state: dict[str, int] | None, first: int, rows: int) -> Iterator[None]:
+    """A forward pass in here is of rows from `first` on of a batch of `rows`: the same tokens are chosen."""
+    if state is None:
+        yield
+        return
+    set_token_state(model, state)
+    with token_part(model, first, rows):
+        yield
+
+
+def loss_shares(
+    model: nn.Module, parts: list[tuple[int, dict[str, Any]]], rows: int, forward: Callable[[Any], Any]
+) -> list[float]:
+    """Factors for the losses of a batch's parts where the model divides by the number of items in the step.
+
+    A sum over tokens needs none (all are 1). With token selection a part enters by its labels, but its loss
+    is a mean over its chosen ones: the factors turn the sum of means into the mean over all that are chosen.
+
+    Args:
+        model: The model.
+        parts: (first row, part).
+        rows: Of the whole batch.
+        forward: A training forward of a part; used where the choice depends on it.
+    """
+    state = tokens_now(model)
+    if state is None:
+        return [1.0] * len(parts)
+    counts = []
+    for first, part in parts:
+        with undisturbed(model), part_of_batch(model, state, first, rows):
+            counts.append(learned_tokens(model, partial(forward, part)))
+    labels, chosen = (sum(column) for column in zip(*counts, strict=True))
+    return [c / chosen * labels / n if n and c else 0.0 for n, c in counts]
+
+
+def skip_step(model: nn.Module) -> None:
+    """The step in progress is given up: the methods drop what they have seen of it."""
+    estimation = estimation_of(model)
+    if estimation is not None:
+        estimation.skip_step()
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from leantune.errors import UserError
+from leantune.errors import UserError, first_line
 from leantune.lightpeft import PruningPlan, Weights, load_pruned
 from leantune.recipes import Recipe
 from leantune.run.folder import RunFolder
@@ -54,17 +56,47 @@ def open_run(run: str | Path | RunFolder) -> LoadedRun:
     folder = run if isinstance(run, RunFolder) else RunFolder.existing(run)
     recipe = folder.recipe()
     weights = folder.saved_weights()
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
-    task = make_task(recipe, config)
+    config, task, tokenizer = open_saved(recipe, weights)
     model: nn.Module
     plan = PruningPlan.load(folder.plan_file) if recipe.lean.prune is not None else None
     if weights == folder.model:
-        model = load_base(recipe.model, task.auto_class, config, source=str(weights))
+        with told_in_a_line(f"{weights}: the model cannot be loaded"):
+            model = load_base(recipe.model, task.auto_class, config, source=str(weights))
     else:
-        model = attach_saved(base_for_run(recipe, task, config, plan), weights)
-    tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+        with told_in_a_line(f"{weights}: the saved config does not fit the base"):
+            base = base_for_run(recipe, task, config, plan)
+        model = attach_saved(base, weights)
     model = cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedRun(folder, recipe, task, config, model.eval(), tokenizer, plan)
+
+
+def open_saved(recipe: Recipe, weights: Path) -> tuple[PretrainedConfig, Task, PreTrainedTokenizerBase]:
+    """What lies beside a run's weights: the config with its label names, the task made of it, the tokenizer.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    with told_in_a_line(f"{weights}: the config cannot be opened"):
+        config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+        task = make_task(recipe, config)
+    with told_in_a_line(f"{weights}: the tokenizer cannot be opened"):
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+    return config, task, tokenizer
+
+
+@contextmanager
+def told_in_a_line(what: str) -> Iterator[None]:
+    """Files that are damaged make libraries raise whatever comes: to a person it means one thing.
+
+    Raises:
+        UserError: Anything went wrong; with its first line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def base_for_run(
@@ -106,8 +138,5 @@ def attach_saved(base: PreTrainedModel, folder: Path, trainable: bool = False) -
     Raises:
         UserError: The adapter's files are damaged or do not fit the base.
     """
-    try:
+    with told_in_a_line(f"{folder}: the adapter cannot be loaded"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-    except Exception as error:  # safetensors, JSON, shape errors: to a person they mean the same
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from error

@@ -6,9 +6,13 @@ saved → report
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import random
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,13 +23,13 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
-from leantune.errors import UserError
+from leantune.errors import RunError, UserError, first_line
 from leantune.measure import PeakMemory, resident_bytes, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
 from leantune.run import lean
-from leantune.run.callbacks import ProgressBar, RunLog, StopOnSignal
-from leantune.run.checkpoints import newest_complete
+from leantune.run.callbacks import ProgressBar, RunLog
+from leantune.run.checkpoints import newest_complete, sweep
 from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
 from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
@@ -33,8 +37,10 @@ from leantune.run.folder import RunFolder, whole_folder, write_json, write_text
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.loading import open_run
 from leantune.run.models import head_modules, load_base, new_modules, quiet_transformers
+from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.quantization import check_installed, weight_bytes
+from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
 
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
 
 SAMPLED_PREDICTIONS = 12
 LISTED = 5  # new modules that are told by name
+_LOWER = "a smaller model, model.dtype: bfloat16 or fewer trained parameters would need less"
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
@@ -87,9 +95,32 @@ def train(
 
     Raises:
         UserError: Recipe, data or folder do not allow it; nothing was written then.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved and `resume=True` goes on.
+        RunError: The run went wrong; checkpoints from before are kept.
+        Interrupted: SIGINT or SIGTERM came; where training had begun a checkpoint is saved, and `resume=True`
+            goes on.
     """
-    console = console or Console(stderr=True)
+    stop = StopOnSignal(waits=False)
+    try:
+        with stop.listening():
+            return _train(recipe, resume, overwrite, console or Console(stderr=True), stop)
+    except Stopped as stopped:
+        begun = RunFolder(recipe.output).recipe_file.is_file()
+        raise Interrupted(
+            f"stopped; {_go_on(recipe)}" if begun else "stopped; nothing was written", stopped.signal_number
+        ) from None
+    except (UserError, RunError, Interrupted):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise RunError(f"{recipe.output}: out of memory: {first_line(error)}; {_LOWER}") from error
+        if not isinstance(error, OSError) or error.errno not in _DISK_TROUBLE:
+            raise
+        raise RunError(
+            f"{recipe.output}: cannot be written: {error.strerror}; checkpoints from before are kept"
+        ) from error
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop: StopOnSignal) -> Run:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("leantune train runs in one process in this release; start it without a launcher")
     folder = RunFolder(recipe.output)
@@ -98,18 +129,17 @@ def train(
     if finished is not None:
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
-    with console.status("reading data and model"):
-        prepared = _prepare(recipe, console)
+    prepared = _prepare(recipe, console)
     forecast = _forecast(recipe, prepared)
     console.print(forecast.line, highlight=False)
     folder.begin(recipe, overwrite)
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
-            _estimate(recipe, folder, prepared, resume, console)
+            _estimate(recipe, folder, prepared, resume, console, stop)
         prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
         set_seed(recipe.train.seed)
         prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
-    facts = _fit(recipe, folder, prepared, resume, console)
+    facts = _fit(recipe, folder, prepared, resume, console, stop)
     facts |= {"forecast": forecast.peak_bytes, "before": prepared.bytes_before}
     splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
     metrics = _finish(recipe, folder, splits, facts, console)
@@ -120,12 +150,17 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
-    inputs = read_inputs(recipe, console)
-    training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
-    set_seed(recipe.train.seed)
-    before = resident_bytes()
-    base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
+    with console.status("reading data and model"):
+        inputs = read_inputs(recipe, console)
+        wanted = (recipe.train.model_extra or {}).get("eval_strategy", "no")
+        if wanted != "no" and "validation" not in inputs.splits:
+            raise UserError(f"train.eval_strategy = {wanted!r}: the data has no validation split")
+        training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
+        set_seed(recipe.train.seed)
+        before = resident_bytes()
+        base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
     _tell_what_is_new(base, inputs.task, console)
+    # Outside of that: what attaching computes (spectra) shows its own progress.
     model = lean.attach(base, recipe, inputs.task.peft_task_type)
     return _Prepared(**vars(inputs), model=model, bytes_before=before)
 
@@ -152,6 +187,7 @@ def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
+    sweep(place)
     if not resume:
         return None
     checkpoint, skipped = newest_complete(place)
@@ -163,10 +199,17 @@ def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console) -> None:
+def _estimate(
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: _Prepared,
+    resume: bool,
+    console: Console,
+    stop: StopOnSignal,
+) -> None:
     """The first stage of a pruned run: train with masks, and write down what goes."""
     steps = estimation_steps(recipe, len(prepared.encoded["train"]))
-    stop, progress = StopOnSignal(), ProgressBar(console, f"{recipe.method}: {STAGE}")
+    progress = ProgressBar(console, f"{recipe.method}: {STAGE}")
     trainer = build_trainer(
         prepared.model,
         training_arguments(recipe, folder.estimation, has_validation=False, max_steps=steps),
@@ -176,8 +219,11 @@ def _estimate(recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bo
         [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
         train=prepared.encoded["train"],
         train_collator=_train_collator(recipe, prepared),
+        on_nan=recipe.train.on_nan,
+        say=console.print,
     )
-    _run(trainer, recipe, folder, stop, progress, _checkpoint(folder.estimation, resume, console))
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
+    _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
     write_plan(folder, prepared.model, recipe, console)
 
 
@@ -189,7 +235,6 @@ def _train_collator(recipe: Recipe, prepared: _Prepared) -> lean.Collator:
 def _run(
     trainer: LeanTrainer,
     recipe: Recipe,
-    folder: RunFolder,
     stop: StopOnSignal,
     progress: ProgressBar,
     checkpoint: str | None,
@@ -200,24 +245,32 @@ def _run(
         Interrupted: A signal came; the checkpoint is saved.
     """
     try:
-        with stop.listening(), PeakMemory(trainer.args.device) as peak:
+        with stop.waiting(), PeakMemory(trainer.args.device) as peak:
             set_seed(recipe.train.seed)
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        again = shlex.join(["leantune", "train", str(folder.recipe_file), "--resume"])
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step}; go on with: {again}", stop.received
-        )
+    if stop.received is not None:
+        trainer.save_now()  # the signal may have come after the last step had looked
+        raise Interrupted(f"stopped after step {trainer.state.global_step}; {_go_on(recipe)}", stop.received)
     return peak
 
 
+def _go_on(recipe: Recipe) -> str:
+    again = ["leantune", "train", str(RunFolder(recipe.output).recipe_file), "--resume"]
+    return f"go on with: {shlex.join(again)}"
+
+
 def _fit(
-    recipe: Recipe, folder: RunFolder, prepared: _Prepared, resume: bool, console: Console
+    recipe: Recipe,
+    folder: RunFolder,
+    prepared: _Prepared,
+    resume: bool,
+    console: Console,
+    stop: StopOnSignal,
 ) -> dict[str, Any]:
     """Train, and save the result. Returns what was measured on the way."""
-    model, stop = prepared.model, StopOnSignal()
+    model = prepared.model
     classifies = prepared.task.peft_task_type == "SEQ_CLS"
     checkpoint = _checkpoint(folder.checkpoints, resume, console)
     progress = ProgressBar(console, recipe.method)
@@ -232,13 +285,16 @@ def _fit(
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
         train_collator=_train_collator(recipe, prepared),
+        on_nan=recipe.train.on_nan,
+        say=console.print,
     )
+    _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     facts: dict[str, Any] = {
         "parameters": count_parameters(model, classifies),
         "weight_bytes": weight_bytes(model),
         "saved_activation_bytes": _saved_bytes(trainer, recipe, prepared.encoded["train"]),
     }
-    peak = _run(trainer, recipe, folder, stop, progress, checkpoint)
+    peak = _run(trainer, recipe, stop, progress, checkpoint)
     facts |= {
         "trainable_end": count_parameters(model, classifies)["trainable"],
         "peak": peak,
@@ -249,14 +305,44 @@ def _fit(
     return facts
 
 
+def _prepare_adapter(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> None:
+    """Give an adapter its start from data, if it needs one: from rows that the seed alone decides.
+
+    A resumed run does it again and then takes the checkpoint's values, which are the same.
+    """
+    enable_checkpointing(trainer)
+    with trainer.compute_loss_context_manager():
+        lean.prepare(cast(nn.Module, trainer.model), recipe, _drawn_batches(trainer, recipe, train))
+
+
+def _drawn_batches(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> Iterator[dict[str, Any]]:
+    order = list(range(len(train)))
+    random.Random(recipe.train.seed).shuffle(order)
+    size = trainer.args.per_device_train_batch_size
+    for start in range(0, len(order), size):
+        rows = [dict(train[number]) for number in order[start : start + size]]
+        yield trainer._prepare_inputs(trainer.data_collator(rows))
+
+
 def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
     """Bytes kept by one step on the first rows of the train split: the same rows for every method."""
     rows = train.select(range(min(trainer.args.per_device_train_batch_size, len(train))))
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     enable_checkpointing(trainer)
     model = cast(nn.Module, trainer.model)
-    with trainer.compute_loss_context_manager(), lean.undisturbed(model, recipe):
-        return saved_activation_bytes(model, batch)
+    most = len(rows)
+    while True:
+        try:  # what does not fit at once is measured in parts: activations add up
+            kept = 0
+            for _, part in parts_of(batch, most):
+                with trainer.compute_loss_context_manager(), lean.undisturbed(model):
+                    kept += saved_activation_bytes(model, part)
+            return kept
+        except Exception as error:
+            if most == 1 or not is_out_of_memory(error):
+                raise
+        release()
+        most = math.ceil(most / 2)
 
 
 def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:

@@ -11,15 +11,15 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from leantune.errors import UserError
 from leantune.lightpeft import Adapter, PruningPlan, Weights
 from leantune.recipes import Recipe
 from leantune.run.folder import RunFolder
-from leantune.run.loading import base_for_run
+from leantune.run.loading import base_for_run, open_saved, told_in_a_line
 from leantune.run.models import resolve
-from leantune.run.tasks import Task, make_task
+from leantune.run.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def _make_ready(folder: RunFolder) -> _Ready:
     recipe, weights = folder.recipe(), folder.saved_weights()
     if weights != folder.adapter:
         raise UserError(f"{folder.path}: is full fine-tuning; its weights are not the base's")
-    config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+    config, task, tokenizer = open_saved(recipe, weights)
     plan = PruningPlan.load(folder.plan_file) if recipe.lean.prune is not None else None
-    adapter = Adapter(
-        PeftConfig.from_pretrained(str(weights)), load_file(weights / "adapter_model.safetensors")
-    )
-    tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
-    return _Ready(recipe, make_task(recipe, config), config, plan, adapter, tokenizer)
+    with told_in_a_line(f"{weights}: the adapter cannot be loaded"):
+        adapter = Adapter(
+            PeftConfig.from_pretrained(str(weights)), load_file(weights / "adapter_model.safetensors")
+        )
+    return _Ready(recipe, task, config, plan, adapter, tokenizer)

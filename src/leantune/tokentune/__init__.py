@@ -4,7 +4,10 @@ from leantune.tokentune.attach import (
     TokenTuneState,
     check,
     chosen_tokens,
+    has_tokens,
+    learned_tokens,
     set_token_state,
+    token_part,
     token_state,
     token_tune,
 )
@@ -19,7 +22,10 @@ __all__ = [
     "TokenTuneState",
     "check",
     "chosen_tokens",
+    "has_tokens",
+    "learned_tokens",
     "set_token_state",
+    "token_part",
     "token_state",
     "token_tune",
 ]

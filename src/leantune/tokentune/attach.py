@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -102,6 +103,11 @@ def chosen_tokens(model: nn.Module, side: Side = "decoder") -> Tensor:
     return tuner.chosen[side]
 
 
+def has_tokens(model: nn.Module) -> bool:
+    """Whether TokenTune is attached."""
+    return tuner_of(find_head(model)) is not None
+
+
 def token_state(model: nn.Module) -> dict[str, int]:
     """What the next choice depends on besides the rank: `{"seed", "step"}`, plain data."""
     tuner = _tuner(model)
@@ -120,6 +126,34 @@ def set_token_state(model: nn.Module, state: dict[str, int]) -> None:
     tuner.step = int(state["step"])
     for collator in tuner.collators:
         collator.calls = tuner.step
+
+
+@contextmanager
+def token_part(model: nn.Module, first: int, rows: int) -> Iterator[None]:
+    """Forwards in here are of rows from `first` on of a batch of `rows`, and choose as for the whole."""
+    tuner = _tuner(model)
+    tuner.part = (first, rows)
+    try:
+        yield
+    finally:
+        tuner.part = None
+
+
+def learned_tokens(model: nn.Module, forward: Callable[[], Any]) -> tuple[int, int]:
+    """Tokens with a label in a batch, and how many of them are chosen; nothing of the pass is kept.
+
+    Args:
+        model: With TokenTune attached, and a tokenwise head.
+        forward: A training forward on the batch.
+    """
+    tuner = _tuner(model)
+    found: list[tuple[int, int]] = []
+    tuner.on_chosen = lambda labels, chosen: found.append((int(labels.sum()), int(chosen.sum())))
+    try:
+        forward()
+    finally:
+        tuner.on_chosen = None
+    return found[0]
 
 
 class TokenTuneState(TrainerCallback, ExportableState):

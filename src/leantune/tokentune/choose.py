@@ -40,8 +40,19 @@ def generator_for(seed: int, step: int, rank: int, side: int = 0) -> torch.Gener
     return torch.Generator().manual_seed(mixed % 2**63)
 
 
-def choose(config: TokenTuneConfig, candidates: Candidates, generator: torch.Generator) -> Tensor:
+def choose(
+    config: TokenTuneConfig,
+    candidates: Candidates,
+    generator: torch.Generator,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
     """Choose tokens, row by row.
+
+    Args:
+        config: How many, and how.
+        candidates: Of the batch.
+        generator: For the draws.
+        part: (first row, rows in all) if these rows are a part of a batch: the choice is that for the whole.
 
     In this order: the pooled token; one supervised token (so that no row is without loss); the special token;
     with `supervised`, the other supervised ones; the rest by score, or uniformly. Padding never, except a
@@ -53,7 +64,9 @@ def choose(config: TokenTuneConfig, candidates: Candidates, generator: torch.Gen
     real = candidates.real
     if candidates.pooled is not None:
         real = real.scatter(1, candidates.pooled[:, None], True)
-    draw = torch.rand(real.shape, generator=generator, dtype=torch.float64).to(real.device)
+    start, total = part or (0, len(real))
+    draw = torch.rand((total, real.size(1)), generator=generator, dtype=torch.float64)
+    draw = draw[start : start + len(real)].to(real.device)
     priority = draw if candidates.score is None else _ranked(candidates.score, draw)  # in [0, 1)
     supervised = candidates.supervised
     if supervised is not None:

@@ -34,10 +34,14 @@ class TokenTuner:
         step: Training forwards done so far; with the seed and the rank it determines the next choice.
         chosen: Choice of the last training forward, per side.
         lengths: n of the last training forward, per side.
+        part: (first row, rows in all) while a batch goes through the model in parts.
+        on_chosen: Is told labels and chosen labels per row; then the forward ends, without its second pass.
     """
 
     def __init__(self, plan: Plan, config: TokenTuneConfig) -> None:
         self.plan, self.config, self.step = plan, config, 0
+        self.part: tuple[int, int] | None = None
+        self.on_chosen: Callable[[Tensor, Tensor], None] | None = None
         self.chosen: dict[Side, Tensor] = {}
         self.lengths: dict[Side, int] = {}
         self.handles: list[Any] = []
@@ -73,6 +77,9 @@ class TokenTuner:
         choose_now.finish(scorer.scores(recording, first))
         del first
         recording.entering.clear()
+        if self.on_chosen is not None:
+            self.on_chosen(*choose_now.learned())
+            return ModelOutput(loss=torch.zeros(()))
         rows = {side: Rows(choice, recording.sizes[side][1]) for side, choice in choose_now.choices.items()}
         self.chosen = choose_now.choices
         self.lengths = {side: n for side, (_, n) in recording.sizes.items()}
@@ -206,9 +213,15 @@ class Choosing:
             candidates.score = scores.get(side)
             self.choices[side] = self._choose(side, candidates)
 
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """Tokens (batch,) that bear a label, and how many of them are chosen. After the choice."""
+        labels = self.aligned() != IGNORED
+        rows = Rows(self.choices["decoder"], labels.size(1))
+        return labels.sum(1), rows.fill(rows.gather(labels, 1), False).sum(1)
+
     def _choose(self, side: Side, candidates: Candidates) -> Tensor:
         generator = generator_for(self.config.seed, self.step, _rank(), side == "encoder")
-        return choose(self.config, candidates, generator)
+        return choose(self.config, candidates, generator, self.tuner.part)
 
     def _candidates(self, side: Side, batch: int, n: int, device: torch.device) -> Candidates:
         real = self._real(side, batch, n, device)

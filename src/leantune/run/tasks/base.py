@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from leantune.errors import UserError
+from leantune.errors import UserError, shown
 from leantune.recipes import Recipe
 
 DEFAULT_MAX_LENGTH = 512
@@ -129,6 +130,12 @@ def effective_max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: Pr
     return asked
 
 
+def positions_of(model: PreTrainedModel) -> int:
+    """Tokens that a sequence of the model can have: no more than there are learned positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else sys.maxsize
+
+
 def check_texts(values: Sequence[Any], column: str, where: str, first_row: int) -> list[str]:
     """See that a batch of a column is text.
 
@@ -137,5 +144,5 @@ def check_texts(values: Sequence[Any], column: str, where: str, first_row: int) 
     """
     for number, value in enumerate(values, first_row):
         if not isinstance(value, str):
-            raise UserError(f"{where}, row {number}: column {column!r} is {value!r}, not text")
+            raise UserError(f"{where}, row {number}: column {column!r} is {shown(value)}, not text")
     return list(values)

@@ -20,7 +20,7 @@ from transformers import (
 from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.run.data import check_columns, find_column
-from leantune.run.tasks.base import Prediction, Task, check_texts
+from leantune.run.tasks.base import Prediction, Task, check_texts, positions_of
 from leantune.run.tasks.formats import ALPACA, Segment, find_format, prompt_ids, segments
 from leantune.run.tasks.token_metrics import IGNORED, mean_metrics, row_sums
 
@@ -156,14 +156,16 @@ class CausalLM(Task):
     ) -> Iterator[Prediction]:
         """Greedy continuation of each prompt, at most 128 new tokens."""
         model.eval()
+        positions = positions_of(model)
         for text, _ in inputs:
-            prompt = prompt_ids(tokenizer, text, special=self.form != "messages")[-max_length:]
+            room = min(max_length, positions - 1)  # a token at least is written
+            prompt = prompt_ids(tokenizer, text, special=self.form != "messages")[-room:]
             ids = torch.tensor([prompt], device=model.device)  # (1, n)
             generate = cast(Any, model).generate
             written = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=min(MAX_NEW_TOKENS, positions - len(prompt)),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )[0, len(prompt) :]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from leantune.errors import UserError
+from leantune.errors import UserError, shown
 from leantune.recipes import DataRecipe
 
 # (format, columns that say so), in the order they are tried.
@@ -104,7 +104,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, special: bool = 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} is {value!r}, not text")
+        raise UserError(f"{where}: column {column!r} is {shown(value)}, not text")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
@@ -20,7 +19,7 @@ from transformers import (
 from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.run.data import check_columns
-from leantune.run.tasks.base import Prediction, Task
+from leantune.run.tasks.base import Prediction, Task, positions_of
 from leantune.run.tasks.formats import ALPACA, find_format, segments
 from leantune.run.tasks.token_metrics import IGNORED, mean_metrics, row_sums
 
@@ -135,15 +134,9 @@ class Seq2Seq(Task):
             written = generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
-                max_new_tokens=min(MAX_NEW_TOKENS, _positions(model)),
+                max_new_tokens=min(MAX_NEW_TOKENS, positions_of(model) - 1),
                 do_sample=False,
                 num_beams=1,
             )
             for text, ids in zip(texts, written, strict=True):
                 yield Prediction(text, str(tokenizer.decode(ids, skip_special_tokens=True)))
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """How many tokens the decoder can write: a model with learned positions has no more than those."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return limit - 1 if isinstance(limit, int) and limit > 1 else cast(int, math.inf)

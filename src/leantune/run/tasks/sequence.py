@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from leantune.errors import UserError
+from leantune.errors import UserError, shown
 from leantune.recipes import Recipe
 from leantune.run.data import check_columns, find_column
 from leantune.run.tasks.base import Prediction, Task, check_texts
@@ -166,11 +166,13 @@ class Classification(SequenceTask):
             unusable = [value for value in values if isinstance(value, float | list | dict) or value is None]
             if unusable:
                 accepted = "text, a whole number, true or false"
-                raise UserError(f"data.label = {column!r}: {unusable[0]!r} is no class label ({accepted})")
+                raise UserError(
+                    f"data.label = {column!r}: {shown(unusable[0])} is no class label ({accepted})"
+                )
             self.labels = [str(value) for value in sorted(values)]
         if len(self.labels) < 2:
             raise UserError(
-                f"data.label = {column!r}: only one label in the train split ({self.labels[0]!r})"
+                f"data.label = {column!r}: only one label in the train split ({shown(self.labels[0])})"
             )
         self.index = {name: number for number, name in enumerate(self.labels)}
         return {
@@ -199,7 +201,7 @@ class Classification(SequenceTask):
             near = difflib.get_close_matches(name, self.labels, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(
-                f"{where}: label {name!r} is not among the {len(self.labels)} labels of train{guess}"
+                f"{where}: label {shown(name)} is not among the {len(self.labels)} labels of train{guess}"
             )
         return self.index[name]
 
@@ -247,7 +249,7 @@ def _distinct(values: Iterable[Any], column: str) -> list[Any]:
         found[value if isinstance(value, Hashable) else str(value)] = None
     kinds = {type(value): value for value in found if value is not None}
     if len(kinds) > 1:
-        told = " and ".join(f"{value!r} ({kind.__name__})" for kind, value in kinds.items())
+        told = " and ".join(f"{shown(value)} ({kind.__name__})" for kind, value in kinds.items())
         raise UserError(f"data.label = {column!r}: labels of different types: {told}")
     return list(found)
 
@@ -267,7 +269,7 @@ class Regression(SequenceTask):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"{where}: {value!r} is no number")
+            raise UserError(f"{where}: {shown(value)} is no number")
         return number
 
     def read_label(self, row: dict[str, Any]) -> float | None:

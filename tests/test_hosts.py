@@ -93,3 +93,13 @@ def test_every_public_name_is_there_and_explained() -> None:
         assert name == "__version__" or (value.__doc__ or "").strip(), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = leantune.nothing  # type: ignore[attr-defined]
+
+
+def test_torch_has_what_the_planner_traces_with() -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import flop_registry
+
+    assert torch.ops.aten.mm in flop_registry
+    assert "allow_non_fake_inputs" in inspect.signature(FakeTensorMode).parameters
+    assert isinstance(torch.empty(1).untyped_storage()._cdata, int)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         prune,
     )
     from leantune.measure import saved_activation_bytes
+    from leantune.planner import plan
     from leantune.recipes import Recipe
     from leantune.run import TaskSwitcher, evaluate, export, load, predict, train
     from leantune.tokentune import (
@@ -75,6 +76,7 @@ _HOME = {
     "learned_plan": "leantune.lightpeft",
     "prune": "leantune.lightpeft",
     "saved_activation_bytes": "leantune.measure",
+    "plan": "leantune.planner",
     "Recipe": "leantune.recipes",
     "compare": "leantune.comparison",
     "train": "leantune.run",
@@ -113,6 +115,7 @@ __all__ = [
     "lamda_to_lora",
     "learned_plan",
     "load",
+    "plan",
     "predict",
     "prepare_lamda",
     "prune",

@@ -232,6 +232,74 @@ def _show_comparison(folder: Path, result: dict[str, Any]) -> None:
 
 @app.command()
 @_quiet
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE.yaml] [key=value ...]", help="What to plan for, and keys to change."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Without a recipe: a folder with a config.json, a hub name, or shape:llama-2-7b."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="With --model: causal-lm | classification | regression.")
+    ] = "causal-lm",
+    dtype: Annotated[
+        str, typer.Option(help="With --model: auto | float32 | bfloat16 (bf16) | float16 (fp16).")
+    ] = "auto",
+    batch: Annotated[int | None, typer.Option(help="Rows a forward pass; default: the recipe's.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the longest row; default: the data's.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="What fits in, and how: 24GiB, say.")] = None,
+    reserve: Annotated[str | None, typer.Option(help="Of it, what is not for tensors.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu | cuda | a100-80gb | …; default: what is here.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Processes, one GPU each: figures are for each of them.")] = 1,
+    strategy: Annotated[
+        str | None, typer.Option(help="With --gpus: ddp | zero1 | zero2 | zero3 | fsdp.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names as of `leantune compare`; recipe: no others.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Trace all rows, not the recipe's alone.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Trace nothing: the closed form, instant.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --memory: write the recipe that fits, least changed.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predicted memory and time of training, method by method; no weights are read."""
+    from rich.console import Console
+
+    from leantune.planner.command import plan_command
+    from leantune.planner.table import plan_table
+
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    made = plan_command(
+        arguments or [],
+        {"model": model, "task": task, "dtype": short.get(dtype, dtype), "batch": batch, "length": length},
+        memory=memory,
+        reserve=reserve,
+        device=device,
+        gpus=gpus,
+        strategy=strategy,
+        methods=methods,
+        all_traced=trace,
+        fast=fast,
+        write=write,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        console = _console()
+        console.print(plan_table(made, console.width))
+
+
+@app.command()
+@_quiet
 def export(
     run: RunArgument,
     to: Annotated[str, typer.Option(help="lora | merged | pruned")],

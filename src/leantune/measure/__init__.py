@@ -1,6 +1,6 @@
 """Measure what a training step costs: bytes kept for backward, peak memory, time."""
 
-from leantune.measure.peak import PeakMemory, peak_rss
+from leantune.measure.peak import PeakMemory, peak_rss, resident_bytes
 from leantune.measure.saved import saved_activation_bytes, saved_storages
 from leantune.measure.timing import StepClock, device_synchronize
 
@@ -9,6 +9,7 @@ __all__ = [
     "StepClock",
     "device_synchronize",
     "peak_rss",
+    "resident_bytes",
     "saved_activation_bytes",
     "saved_storages",
 ]

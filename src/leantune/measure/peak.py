@@ -117,6 +117,11 @@ def peak_rss() -> int | None:
     return value if sys.platform == "darwin" else value * 1024  # macOS counts bytes, others KiB
 
 
+def resident_bytes() -> int | None:
+    """What the process has in memory now, in bytes; None on systems that do not say."""
+    return _status_bytes("VmRSS")
+
+
 def _status_bytes(name: str) -> int | None:
     """A line of /proc/self/status ("VmHWM:  2012 kB") in bytes."""
     try:

@@ -116,13 +116,26 @@ def parameter_facts(metrics: Mapping[str, Any]) -> list[Fact]:
 def memory_facts(metrics: Mapping[str, Any]) -> list[Fact]:
     """What the run held in memory and leaves on disk."""
     memory = section(metrics, "memory")
+    forecast = [] if memory.get("forecast_peak_bytes") is None else [_forecast(memory)]
     return [
         Fact(
             "Kept for backward", format_bytes(memory.get("saved_activation_bytes")), "one step's activations"
         ),
         Fact("Peak", format_bytes(memory.get("peak_bytes")), _peak_kind(memory)),
+        *forecast,
         Fact("Saved weights", format_bytes(metrics.get("adapter_bytes")), _saved_note(metrics)),
     ]
+
+
+def _forecast(memory: Mapping[str, Any]) -> Fact:
+    """The forecast of tensors beside what it can be compared with: on a CPU, what the model's run added."""
+    value: Any = memory["forecast_peak_bytes"]
+    peak: Any = memory.get("peak_bytes")
+    before: Any = memory.get("process_bytes_before_model")
+    note = "of tensors"
+    if memory.get("peak_kind") == "cpu_rss" and is_finite(peak) and is_finite(before):
+        note += f"; the process grew by {format_bytes(peak - before)} from {format_bytes(before)}"
+    return Fact("Forecast", format_bytes(value), note)
 
 
 def speed_facts(metrics: Mapping[str, Any]) -> list[Fact]:

@@ -87,6 +87,8 @@ def collect_metrics(
             "weight_bytes": facts["weight_bytes"],
             "peak_bytes": peak.bytes,
             "peak_kind": peak.kind,
+            "forecast_peak_bytes": facts.get("forecast"),
+            "process_bytes_before_model": facts.get("before"),
         },
         "speed": {
             "step_seconds_median": statistics.median(seconds[WARM_UP_STEPS:] or seconds) if seconds else None,

@@ -152,8 +152,13 @@ def shrunk_adapter(model: nn.Module, plan: PruningPlan) -> Adapter:
     return shrink(model, plan)
 
 
-def attach_tokens(model: nn.Module, recipe: Recipe) -> nn.Module:
+def attach_tokens(model: nn.Module, recipe: Recipe, verify: bool = True) -> nn.Module:
     """Token selection, if the recipe has it.
+
+    Args:
+        model: With its adapter.
+        recipe: The whole recipe.
+        verify: As of `token_tune`.
 
     Raises:
         UserError: It cannot work on this model.
@@ -163,7 +168,7 @@ def attach_tokens(model: nn.Module, recipe: Recipe) -> nn.Module:
         return model
     config = TokenTuneConfig(keep=tokens.keep, strategy=tokens.strategy, seed=recipe.train.seed)
     try:
-        return token_tune(model, config)
+        return token_tune(model, config, verify=verify)
     except UserError as error:
         raise UserError(f"lean.tokens: {error}") from None
 
@@ -208,7 +213,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
     }
     try:
         return get_peft_model(model, make(adapter, common))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a head that PEFT cannot save beside its adapter
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, UserError) and ("arget modules" in reason or "target_modules" in reason):
             raise UserError(

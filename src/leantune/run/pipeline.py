@@ -15,15 +15,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
 from leantune.errors import RunError, UserError, first_line
-from leantune.measure import PeakMemory, saved_activation_bytes
+from leantune.measure import PeakMemory, resident_bytes, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
 from leantune.run import lean
@@ -42,6 +43,9 @@ from leantune.run.quantization import check_installed, weight_bytes
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
+
+if TYPE_CHECKING:
+    from leantune.planner.run_forecast import RunForecast
 
 SAMPLED_PREDICTIONS = 12
 LISTED = 5  # new modules that are told by name
@@ -71,6 +75,7 @@ class _Prepared(Inputs):
     """What is known before the run folder is touched."""
 
     model: nn.Module
+    bytes_before: int | None  # what the process held before it read the model
 
 
 def train(
@@ -125,6 +130,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
     prepared = _prepare(recipe, console)
+    forecast = _forecast(recipe, prepared)
+    console.print(forecast.line, highlight=False)
     folder.begin(recipe, overwrite)
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
@@ -133,6 +140,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop
         set_seed(recipe.train.seed)
         prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
     facts = _fit(recipe, folder, prepared, resume, console, stop)
+    facts |= {"forecast": forecast.peak_bytes, "before": prepared.bytes_before}
     splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
     metrics = _finish(recipe, folder, splits, facts, console)
     return Run(folder.path, recipe, metrics)
@@ -149,10 +157,22 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
             raise UserError(f"train.eval_strategy = {wanted!r}: the data has no validation split")
         training_arguments(recipe, Path("unused"), "validation" in inputs.splits)
         set_seed(recipe.train.seed)
+        before = resident_bytes()
         base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
     _tell_what_is_new(base, inputs.task, console)
     # Outside of that: what attaching computes (spectra) shows its own progress.
-    return _Prepared(**vars(inputs), model=lean.attach(base, recipe, inputs.task.peft_task_type))
+    model = lean.attach(base, recipe, inputs.task.peft_task_type)
+    return _Prepared(**vars(inputs), model=model, bytes_before=before)
+
+
+def _forecast(recipe: Recipe, prepared: _Prepared) -> RunForecast:
+    """What the run is going to take, by the closed form."""
+    from leantune.planner.run_forecast import forecast_run  # which imports from here
+
+    packed = recipe.model.task == "causal-lm" and recipe.data.pack
+    evaluates = "validation" in prepared.encoded
+    cuda = torch.cuda.is_available()
+    return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda)
 
 
 def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:

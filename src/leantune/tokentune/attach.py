@@ -20,12 +20,13 @@ from leantune.tokentune.forward import TokenTuner
 from leantune.tokentune.passes import after_base, after_layer, before_layer
 from leantune.tokentune.score import check_strategy
 from leantune.tokentune.survey import make_plan
-from leantune.tokentune.verify import evaluation_mode, reruns, verify
+from leantune.tokentune.verify import evaluation_mode, reruns
+from leantune.tokentune.verify import verify as verify_passes
 
 _ATTRIBUTE = "_leantune_tokens"
 
 
-def token_tune(model: nn.Module, config: TokenTuneConfig | None) -> Any:
+def token_tune(model: nn.Module, config: TokenTuneConfig | None, *, verify: bool = True) -> Any:
     """Back-propagate through chosen tokens only, from the next training forward on.
 
     TokenTune (Simoulin, Park et al., EMNLP 2024, arXiv 2501.18824). In `train()` mode with gradients enabled
@@ -37,6 +38,7 @@ def token_tune(model: nn.Module, config: TokenTuneConfig | None) -> Any:
         model: A transformers model with a head, plain or wrapped (PEFT, DDP, …). Attach before or after the
             adapter, and before `Trainer` sees the model.
         config: What to choose; None takes TokenTune off again.
+        verify: Try the two passes first. False only where the weights are no numbers (fake tensors).
 
     Returns:
         The same object.
@@ -55,8 +57,9 @@ def token_tune(model: nn.Module, config: TokenTuneConfig | None) -> Any:
         tuner = TokenTuner(plan, config)
         _hook(tuner)
         try:
-            _settle(tuner, batch)
-            plan.reruns = reruns(tuner, batch)
+            if verify:
+                _settle(tuner, batch)
+            plan.reruns = reruns(tuner, batch) if verify else True
         except BaseException:
             _unhook(tuner)
             raise
@@ -217,11 +220,11 @@ def _hook(tuner: TokenTuner) -> None:
 def _settle(tuner: TokenTuner, batch: dict[str, Tensor]) -> None:
     """Verify; if that fails, once more without shortcuts (truncation, gathered rows after the stack)."""
     try:
-        verify(tuner, batch)
+        verify_passes(tuner, batch)
     except UserError as first:
         tuner.plan.truncates, tuner.plan.full_tail = False, True
         try:
-            verify(tuner, batch)
+            verify_passes(tuner, batch)
         except UserError:
             raise first from None
 

@@ -337,7 +337,8 @@ def digest(output: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in folder.log_file.read_text().splitlines()]
     metrics = folder.metrics() or {}
     metrics.pop("speed")
-    metrics["memory"].pop("peak_bytes")
+    for of_the_process in ("peak_bytes", "process_bytes_before_model"):
+        metrics["memory"].pop(of_the_process)
     return {
         "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)},
         "log": [{key: value for key, value in line.items() if key != "step_seconds"} for line in lines],

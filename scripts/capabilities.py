@@ -1,6 +1,6 @@
 """Find out by doing it what each method can do on each architecture, and write the table.
 
-python scripts/capabilities.py                     all cells (a quarter of an hour on two cores)
+python scripts/capabilities.py                     all cells (ten minutes on two cores)
 python scripts/capabilities.py --only lora llama   cells of the named methods, architectures; others stay
 """
 

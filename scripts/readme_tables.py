@@ -72,6 +72,7 @@ TABLES = {
         for name in (
             "banking77",
             "trec-start",
+            "banking77-lean",
             "tokentune-trec",
             "tokentune-strategies",
             "tokentune-decoder",

@@ -37,8 +37,6 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("bart", "seq2seq"),
     ("deberta-v3", "classification"),
     ("bart", "classification"),
-    ("gpt2", "causal-lm"),
-    ("t5", "seq2seq"),
 )
 STEPS, STOP = 6, 3
 

@@ -64,7 +64,7 @@ def test_what_the_names_say() -> None:
     kinds = {name: settings["adapter"]["type"] for name, settings in lean.items()}
     assert kinds["full"] == "none" and kinds["tokentune"] == kinds["light-peft"] == kinds["ckpt"] == "lora"
     assert kinds["lean"] == kinds["lamda+tokentune"] == "lamda"
-    assert lean["lean"]["adapter"]["r"] == 32 and lean["lean"]["tokens"]["keep"] == 0.25
+    assert lean["lean"]["adapter"]["r"] == 32 and lean["lean"]["tokens"]["keep"] == 0.5
     assert lean["light-peft"]["prune"]["modules"] == 0.5 and lean["lora"]["prune"] is None
     assert lean["qlora"] == lean["nf4"] and kinds["lamda+nf4"] == "lamda"
     assert lean["lamda+nf4"]["quantize"] == "nf4" and lean["lora"]["quantize"] is None

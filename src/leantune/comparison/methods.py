@@ -22,7 +22,7 @@ THIRDS = {"heads": "1/3", "neurons": "1/3"}
 TOKENS = {"keep": 0.25}
 # Where one position feeds the head, what it attends to says which tokens matter. The tokens of a language
 # model have a loss each, and chance is fair to them.
-ATTENDED = {"keep": 0.25, "strategy": "attention"}
+ATTENDED = {"keep": 0.5, "strategy": "attention"}
 POOLED = {"classification", "regression"}
 
 

@@ -160,7 +160,7 @@ def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
         kept: Any = module
         options: dict[str, Any] = {"bias": kept.bias is not None}
         if storage != "int8":
-            new = bnb.nn.Linear4bit(
+            new: Any = bnb.nn.Linear4bit(
                 kept.in_features,
                 kept.out_features,
                 quant_type=storage,

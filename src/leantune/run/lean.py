@@ -270,7 +270,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if tokens is not None:
-            set_token_state(model, tokens)
+            set_token_state(model, tokens, collators=False)
         if estimation is not None and measuring is not None:
             estimation.begin_step(measuring)
 
@@ -281,7 +281,7 @@ def forget_step(model: nn.Module, state: dict[str, int] | None) -> None:
     if estimation is not None:
         estimation.forget_step()
     if state is not None:
-        set_token_state(model, state)
+        set_token_state(model, state, collators=False)
 
 
 def tokens_now(model: nn.Module) -> dict[str, int] | None:
@@ -295,7 +295,7 @@ def part_of_batch(model: nn.Module, state: dict[str, int] | None, first: int, ro
     if state is None:
         yield
         return
-    set_token_state(model, state)
+    set_token_state(model, state, collators=False)
     with token_part(model, first, rows):
         yield
 

@@ -114,8 +114,14 @@ def token_state(model: nn.Module) -> dict[str, int]:
     return {"seed": tuner.config.seed, "step": tuner.step}
 
 
-def set_token_state(model: nn.Module, state: dict[str, int]) -> None:
+def set_token_state(model: nn.Module, state: dict[str, int], collators: bool = True) -> None:
     """Continue where `state` (of `token_state`) was taken.
+
+    Args:
+        model: With TokenTune attached.
+        state: From `token_state`.
+        collators: A `ChoosingCollator` continues there as well: for a resumed run. False for a step that is
+            done anew with the batches that were made for it.
 
     Raises:
         UserError: It was taken under another seed.
@@ -124,7 +130,7 @@ def set_token_state(model: nn.Module, state: dict[str, int]) -> None:
     if state["seed"] != tuner.config.seed:
         raise UserError(f"the saved token state has seed {state['seed']}, the model has {tuner.config.seed}")
     tuner.step = int(state["step"])
-    for collator in tuner.collators:
+    for collator in tuner.collators if collators else ():
         collator.calls = tuner.step
 
 

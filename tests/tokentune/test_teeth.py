@@ -20,7 +20,7 @@ def error(family: str = "llama", task: str = "causal-lm", kernel: str = "sdpa") 
 
 @pytest.fixture(autouse=True)
 def _attach_without_verifying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leantune.tokentune.attach.verify", lambda *_: None)
+    monkeypatch.setattr("leantune.tokentune.attach.verify_passes", lambda *_: None)
     monkeypatch.setattr("leantune.tokentune.attach.reruns", lambda *_: False)
 
 

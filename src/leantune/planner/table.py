@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -75,7 +76,8 @@ def _title(plan: Plan) -> str:
     shared = (
         "" if plan.sharing.gpus == 1 else f", on each of {plan.sharing.gpus} GPUs ({plan.sharing.strategy})"
     )
-    return f"{plan.model}: peak memory of training, {rows}{shared}"
+    model = Path(plan.model).name if Path(plan.model).is_dir() else plan.model  # a long path would be cut
+    return f"{model}: peak memory of training, {rows}{shared}"
 
 
 def _mark(plan: Plan, row: Forecast) -> Text:

@@ -57,6 +57,13 @@ def _console() -> Console:
     return Console()
 
 
+# Loggers of libraries. torch sets its own level again when it is imported, but not those of its parts.
+_TALKATIVE = (
+    *("transformers", "peft", "accelerate", "datasets", "torch", "torch.utils._pytree"),
+    *("torchao", "bitsandbytes"),
+)
+
+
 def _quiet(command: Callable[..., None]) -> Callable[..., None]:
     """Keep the libraries' own chatter out of the output; `typer` still sees the command's signature."""
 
@@ -68,7 +75,7 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.filterwarnings("ignore")
-        for name in ("transformers", "peft", "accelerate", "datasets", "torch", "torchao", "bitsandbytes"):
+        for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
         command(*args, **kwargs)
 

@@ -4,47 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from leantune.errors import UserError
-from leantune.recipes import Recipe
 from leantune.run.data import check_columns, find_column
-from leantune.run.tasks.base import Prediction, Task, check_texts, positions_of
+from leantune.run.tasks.base import Prediction, check_texts, positions_of
 from leantune.run.tasks.formats import ALPACA, Segment, find_format, prompt_ids, segments
-from leantune.run.tasks.token_metrics import IGNORED, mean_metrics, row_sums
+from leantune.run.tasks.token_metrics import IGNORED, row_sums
+from leantune.run.tasks.writing import MAX_NEW_TOKENS, Writing
 
-MAX_NEW_TOKENS = 128
 
-
-class CausalLM(Task):
+class CausalLM(Writing):
     """Predict the next token: of every text, or of the answers alone."""
 
     name = "causal-lm"
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
-    counts_tokens = True
-    main_metric: ClassVar[str] = "loss"
-
-    def __init__(self, recipe: Recipe, config: PretrainedConfig | None = None) -> None:
-        super().__init__(recipe, config)
-        self.form: str = getattr(config, "row_format", "text")
-
-    def fit(self, splits: DatasetDict) -> dict[str, Any]:
-        """See that the columns exist, and remember how rows are made."""
-        forms = [self._check(split, f"the {name} split") for name, split in splits.items()]
-        self.form = forms[0]
-        return {"row_format": self.form}
+    usual_form = "text"
 
     def _check(self, split: Dataset, where: str) -> str:
         named = {"text": self.data.text, "prompt": self.data.prompt, "completion": self.data.completion}
@@ -107,20 +91,10 @@ class CausalLM(Task):
 
         return features
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Pad to the batch's longest row, labels with -100."""
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-
     def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """(batch, n, vocabulary) → (batch, 3): each row's summed loss, tokens counted, tokens right."""
         logits = logits[0] if isinstance(logits, tuple) else logits
         return row_sums(logits[:, :-1], labels[:, 1:])
-
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Mean loss over all counted tokens (not over batches), perplexity, next-token accuracy."""
-        return mean_metrics(prediction.predictions)
 
     def read_input(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
         """The prompt; of raw text its first half."""

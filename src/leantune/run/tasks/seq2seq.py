@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from leantune.errors import UserError
-from leantune.recipes import Recipe
 from leantune.run.data import check_columns
-from leantune.run.tasks.base import Prediction, Task, positions_of
+from leantune.run.tasks.base import Prediction, positions_of
 from leantune.run.tasks.formats import ALPACA, find_format, segments
-from leantune.run.tasks.token_metrics import IGNORED, mean_metrics, row_sums
+from leantune.run.tasks.token_metrics import row_sums
+from leantune.run.tasks.writing import MAX_NEW_TOKENS, Writing
 
 PREDICT_BATCH = 16
-MAX_NEW_TOKENS = 128
 FORMATS = ("prompt-completion", "alpaca")
 
 
-class Seq2Seq(Task):
+class Seq2Seq(Writing):
     """Write the answer to a prompt: summaries, translations, answers to questions."""
 
     name = "seq2seq"
     auto_class = AutoModelForSeq2SeqLM
     peft_task_type = "SEQ_2_SEQ_LM"
-    counts_tokens = True
     # BART, T5 and their kind take the mean over the batch at hand, whatever the other micro-batches hold.
     head_averages = True
-    main_metric: ClassVar[str] = "loss"
-
-    def __init__(self, recipe: Recipe, config: PretrainedConfig | None = None) -> None:
-        super().__init__(recipe, config)
-        self.form: str = getattr(config, "row_format", "prompt-completion")
-
-    def fit(self, splits: DatasetDict) -> dict[str, Any]:
-        """See that the columns exist, and remember how rows are made."""
-        forms = [self._check(split, f"the {name} split") for name, split in splits.items()]
-        self.form = forms[0]
-        return {"row_format": self.form}
+    usual_form = "prompt-completion"
 
     def _check(self, split: Dataset, where: str) -> str:
         check_columns(split, {"prompt": self.data.prompt, "completion": self.data.completion}, where)
@@ -84,20 +69,10 @@ class Seq2Seq(Task):
             desc=f"tokenize {where}",
         )
 
-    def collator(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Pad to the batch's longest row, labels with -100; the model shifts them itself."""
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-
     def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """(batch, n, vocabulary) → (batch, 3): each row's summed loss, tokens counted, tokens right."""
         logits = logits[0] if isinstance(logits, tuple) else logits
         return row_sums(logits, labels)
-
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Mean loss over all tokens of the answers, perplexity, next-token accuracy."""
-        return mean_metrics(prediction.predictions)
 
     def read_input(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
         """What the encoder reads."""

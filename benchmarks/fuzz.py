@@ -288,7 +288,7 @@ def changed_keys(before: Any, after: Any) -> str:
 def fuzz_recipes(count: int, place: Path, tally: Tally) -> None:
     """Files, and `key=value` overrides; what is accepted goes on to TrainingArguments."""
     from leantune.recipes import Recipe
-    from leantune.run.trainer import training_arguments
+    from leantune.run.arguments import training_arguments
 
     file = place / "recipe.yaml"
     keys = [".".join(map(str, path)) for path in paths(GOOD) if path]

@@ -25,10 +25,11 @@ from leantune.lightpeft import PruningPlan
 from leantune.measure import StepClock
 from leantune.recipes.loading import validate
 from leantune.run import lean
+from leantune.run.arguments import training_arguments
 from leantune.run.inputs import Inputs
 from leantune.run.loading import attach_saved, base_for_run
 from leantune.run.models import load_base, quiet_transformers
-from leantune.run.trainer import LeanTrainer, build_trainer, training_arguments
+from leantune.run.trainer import LeanTrainer, build_trainer
 
 WARM_UP = 2
 ROUNDS = 10

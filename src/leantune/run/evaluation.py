@@ -8,11 +8,12 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from leantune.errors import UserError
+from leantune.run.arguments import training_arguments
 from leantune.run.callbacks import plain_metrics
 from leantune.run.data import SPLITS, open_splits
 from leantune.run.loading import LoadedRun, open_run
 from leantune.run.tasks.base import effective_max_length
-from leantune.run.trainer import build_trainer, training_arguments
+from leantune.run.trainer import build_trainer
 
 
 def evaluate(

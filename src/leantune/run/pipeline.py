@@ -28,6 +28,7 @@ from leantune.measure import PeakMemory, resident_bytes, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
 from leantune.run import lean
+from leantune.run.arguments import training_arguments
 from leantune.run.callbacks import ProgressBar, RunLog
 from leantune.run.checkpoints import newest_complete, sweep
 from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
@@ -42,7 +43,7 @@ from leantune.run.prediction import sample_predictions
 from leantune.run.quantization import check_installed, weight_bytes
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
-from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing, training_arguments
+from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing
 
 if TYPE_CHECKING:
     from leantune.planner.run_forecast import RunForecast

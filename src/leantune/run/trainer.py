@@ -1,4 +1,4 @@
-"""transformers.Trainer with complete-or-absent checkpoints; arguments from a recipe."""
+"""transformers.Trainer with complete-or-absent checkpoints, and batches that fit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from transformers import DataCollator, PreTrainedTokenizerBase, Trainer, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from leantune.errors import RunError, UserError, first_line
-from leantune.recipes import Recipe
-from leantune.recipes.training_arguments import current_names, translate
+from leantune.errors import RunError, first_line
 from leantune.run import lean
+from leantune.run.arguments import KEPT_CHECKPOINTS
 from leantune.run.callbacks import RunLog, was_evaluated
 from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkpoints, seal, whats_wrong
 from leantune.run.facts import versions
@@ -28,8 +27,6 @@ from leantune.run.parts import RowsAtOnce, is_out_of_memory, parts_of, release, 
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 from leantune.run.tasks.token_metrics import IGNORED
-
-KEPT_CHECKPOINTS = 2
 
 
 class EpochSampler(Sampler[int]):
@@ -377,59 +374,6 @@ def _cannot_save(error: Exception, folder: Path, step: int) -> RunError:
     before = f"{kept[-1]} is kept: make room and go on with --resume" if kept else "there is none from before"
     what = f"the checkpoint cannot be written to {folder} ({first_line(error)})"
     return RunError(f"step {step}: {what}; {before}")
-
-
-def training_arguments(
-    recipe: Recipe, checkpoints: Path, has_validation: bool, max_steps: int | None = None
-) -> TrainingArguments:
-    """The recipe's `train` as TrainingArguments, with leantune's defaults for what it does not name.
-
-    Args:
-        recipe: The run's.
-        checkpoints: Where they go.
-        has_validation: Whether to evaluate at the end of each epoch.
-        max_steps: Train this long instead of as long as the recipe says, and evaluate nothing.
-
-    Raises:
-        UserError: transformers does not accept a value.
-    """
-    defaults: dict[str, Any] = {
-        "save_strategy": "epoch",
-        "eval_strategy": "epoch" if has_validation else "no",
-        "report_to": "none",  # local and silent unless asked
-        "save_total_limit": KEPT_CHECKPOINTS,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "dataloader_pin_memory": False,
-        "train_sampling_strategy": "group_by_length",  # rows of like length together: less padding
-    }
-    own: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # a step that is not finite must be seen as such
-        "disable_tqdm": True,  # the progress bar is ours
-        "restore_callback_states_from_checkpoint": True,
-        "include_num_input_tokens_seen": "non_padding",
-    }
-    if max_steps is not None:
-        own |= {"max_steps": max_steps}
-    if max_steps is not None or not has_validation:
-        own |= {"eval_strategy": "no"}
-    try:
-        arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer would use DataParallel, which copies the model in every step
-    return arguments
-
-
-def _which_key(recipe: Recipe, reason: str) -> str:
-    """transformers says what it does not like of a value, seldom of which key."""
-    for key, value in (recipe.train.model_extra or {}).items():
-        if key in reason or (isinstance(value, str) and value in reason):
-            return f"train.{key} = {value!r}: {reason}"
-    return f"train: {reason}"
 
 
 def build_trainer(

@@ -1,0 +1,67 @@
+"""A recipe's `train` as transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from leantune.errors import UserError
+from leantune.recipes import Recipe
+from leantune.recipes.training_arguments import current_names, translate
+
+KEPT_CHECKPOINTS = 2
+
+
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, has_validation: bool, max_steps: int | None = None
+) -> TrainingArguments:
+    """The recipe's `train` as TrainingArguments, with leantune's defaults for what it does not name.
+
+    Args:
+        recipe: The run's.
+        checkpoints: Where they go.
+        has_validation: Whether to evaluate at the end of each epoch.
+        max_steps: Train this long instead of as long as the recipe says, and evaluate nothing.
+
+    Raises:
+        UserError: transformers does not accept a value.
+    """
+    defaults: dict[str, Any] = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch" if has_validation else "no",
+        "report_to": "none",  # local and silent unless asked
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "group_by_length",  # rows of like length together: less padding
+    }
+    own: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a step that is not finite must be seen as such
+        "disable_tqdm": True,  # the progress bar is ours
+        "restore_callback_states_from_checkpoint": True,
+        "include_num_input_tokens_seen": "non_padding",
+    }
+    if max_steps is not None:
+        own |= {"max_steps": max_steps}
+    if max_steps is not None or not has_validation:
+        own |= {"eval_strategy": "no"}
+    try:
+        arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would use DataParallel, which copies the model in every step
+    return arguments
+
+
+def _which_key(recipe: Recipe, reason: str) -> str:
+    """transformers says what it does not like of a value, seldom of which key."""
+    for key, value in (recipe.train.model_extra or {}).items():
+        if key in reason or (isinstance(value, str) and value in reason):
+            return f"train.{key} = {value!r}: {reason}"
+    return f"train: {reason}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -102,3 +104,20 @@ def test_the_model_is_as_before() -> None:
     with torch.no_grad():
         saved_activation_bytes(net, {"x": torch.ones(ROWS, WIDTH)})
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("saves_its_result", [torch.rsqrt, torch.tanh, torch.exp])
+def test_nothing_stays_when_it_has_been_counted(saves_its_result: Any) -> None:
+    """A node that holds its own result through our handle is a ring that Python's collector cannot see."""
+    weight = nn.Parameter(torch.rand(ROWS, WIDTH))
+    graphs: list[weakref.ref[Any]] = []
+
+    def forward() -> Tensor:
+        result = saves_its_result(weight * 2)
+        lives_as_long = lambda *gradients: None  # noqa: E731 - nodes take no weak references, their hooks do
+        result.grad_fn.register_hook(lives_as_long)
+        graphs.append(weakref.ref(lives_as_long))
+        return result.sum()
+
+    saved_storages(forward)
+    assert graphs[0]() is None

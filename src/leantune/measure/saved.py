@@ -17,7 +17,9 @@ class _Held:
     __slots__ = ("__weakref__", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Detached: a function that saves its own result (rsqrt, tanh, softmax) would be held by it, in a ring
+        # through C++ that Python's collector does not see, and the whole graph would stay for good.
+        self.tensor = tensor.detach()
 
 
 def saved_storages(forward: Callable[[], Any], exclude: Collection[int] = frozenset()) -> dict[int, int]:

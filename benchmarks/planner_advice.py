@@ -4,13 +4,14 @@
 
 For six (model, limit) pairs whose recipe does not fit: the recipe that the plan proposes is run by `leantune
 train` under the limit (RLIMIT_DATA: the kernel refuses the process every further byte of private writable
-memory) and has to come through; then the next larger setting, twice the proposed batch and else the same,
-which must not.
+memory) and has to come through, without a batch that had to be split; then the next larger setting, twice the
+proposed batch and else the same, which must not.
 
 A process needs memory besides tensors: the interpreter, torch, transformers, the data. How much is measured
-first, once a task, as the highest VmData of a run of a model of next to nothing, less that run's own tensors;
-it is what `--reserve` is given. Limits are that plus a round number. glibc is told to give memory back at
-once, so that the process's figure follows its tensors.
+first, once a task, as the highest VmData of a model of next to nothing up to the end of its training (what
+comes after needs fewer tensors and more libraries), less that run's own tensors; it is what `--reserve` is
+given. Limits are that plus a round number. glibc is told to give memory back at once, so that the process's
+figure follows its tensors.
 
 Writes benchmarks/results/planner_advice.json; takes some ten minutes and 2 GB.
 """
@@ -22,6 +23,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,6 +74,7 @@ PAIRS: dict[str, tuple[str, str, dict[str, Any], int, int, int]] = {
     "gpt2-lamda": ("gpt2", "causal-lm", {"adapter": LAMDA}, 16, 256, 250),
 }
 STEPS = 3
+SPLIT = "out of memory with"  # what a run says when it halves a batch
 
 
 def make_models(folder: Path) -> None:
@@ -129,6 +132,7 @@ def make_recipe(model: str, task: str, lean: dict[str, Any], batch: int, length:
 
 def run(recipe: Recipe, folder: Path, limit: int | None) -> dict[str, Any]:
     """`leantune train` under the limit; what became of it, and the most private writable memory seen."""
+    shutil.rmtree(recipe.output, ignore_errors=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
     command = [sys.executable, "-m", "leantune.cli", "train", str(file), "--overwrite"]
@@ -141,14 +145,18 @@ def run(recipe: Recipe, folder: Path, limit: int | None) -> dict[str, Any]:
         process = subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | QUIET, preexec_fn=confine
         )
-        highest = 0
+        highest = training = 0
+        saved = [Path(recipe.output) / name for name in ("adapter", "model")]
         while process.poll() is None:
             highest = max(highest, data_bytes(process.pid))
+            if not any(place.exists() for place in saved):
+                training = highest
             time.sleep(0.01)
     text = (folder / "said.txt").read_text(encoding="utf-8")
     lines = [row for row in text.splitlines() if "memory" in row.lower() or "Error" in row]
     return {
-        "survived": process.returncode == 0, "exit_code": process.returncode, "highest_data_bytes": highest,
+        "survived": process.returncode == 0, "exit_code": process.returncode, "in_parts": SPLIT in text,
+        "highest_data_bytes": highest, "highest_in_training": training,
         "said": "" if process.returncode == 0 else (lines or text.splitlines() or [""])[-1].strip()[:200],
     }  # fmt: skip
 
@@ -173,7 +181,7 @@ def baselines(folder: Path, tasks: set[str]) -> dict[str, int]:
         done = run(recipe, folder, None)
         if not done["survived"]:
             raise SystemExit(f"the baseline run failed: {done['said']}")
-        found[task] = done["highest_data_bytes"] - tensors
+        found[task] = done["highest_in_training"] - tensors
         print(f"{task}: a run takes {found[task] / MIB:,.0f} MiB besides tensors", flush=True)
     return found
 
@@ -205,9 +213,13 @@ def examine(name: str, folder: Path, reserve: dict[str, int]) -> dict[str, Any]:
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether the proposal came through and the next larger setting did not."""
-    asked = row["proposed"] is not None
-    return asked and row["proposed_run"]["survived"] and not row["next_run"]["survived"]
+    """Whether the proposal came through as it is and the next larger setting did not."""
+    return row["proposed"] is not None and fits(row["proposed_run"]) and not fits(row["next_run"])
+
+
+def fits(done: dict[str, Any]) -> bool:
+    """Whether a run came through with its batches whole."""
+    return bool(done["survived"]) and not done["in_parts"]
 
 
 def main() -> None:
@@ -225,11 +237,7 @@ def main() -> None:
         for name in only or PAIRS:
             rows.append(examine(name, folder, reserve))
             print(json.dumps(rows[-1]), flush=True)
-    right = [
-        row
-        for row in rows
-        if row["proposed"] and row["proposed_run"]["survived"] and not row["next_run"]["survived"]
-    ]
+    right = [row for row in rows if is_right(row)]
     print(f"right: {len(right)} of {len(rows)}")
     if not only:
         result = {"reserve_bytes": reserve, "right": len(right), "pairs": rows}

@@ -116,14 +116,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def make_rows(folder: Path) -> None:
+    """Ten requests a row, under the first one's label: every row is cut, so that a few steps see the largest."""
+    (folder / "data").mkdir()
+    for split, count in (("train", 3000), ("test", 256)):
+        with gzip.open(DATA / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(row) for row in file][: count + 9]
+        joined = [
+            rows[first] | {"text": " ".join(row["text"] for row in rows[first : first + 10])}
+            for first in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in joined)
+        (folder / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
 def make_recipe(model: str, task: str, lean: dict[str, Any], batch: int, length: int, output: Path) -> Recipe:
-    """A short run; packed rows of decoders and the longest row of a classifier's data decide its memory."""
+    """A short run on rows that all reach `length`."""
     columns: dict[str, Any] = {"text": "text"}
     columns |= {"label": "label_text"} if task == "classification" else {}
-    rows = {"max_length": length, "train_rows": 3000, "evaluation_rows": 256}
+    rows = {"max_length": length}
     return Recipe.model_validate({
         "model": {"path": model, "task": task},
-        "data": {"path": str(DATA), **columns, **rows},
+        "data": {"path": str(output.parent / "data"), **columns, **rows},
         "lean": lean,
         "train": {"steps": STEPS, "batch_size": batch, "eval_batch_size": 2},
         "output": str(output),
@@ -233,6 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_models(folder)
+        make_rows(folder)
         reserve = baselines(folder, {PAIRS[name][1] for name in only or PAIRS})
         for name in only or PAIRS:
             rows.append(examine(name, folder, reserve))

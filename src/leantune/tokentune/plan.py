@@ -109,19 +109,25 @@ class Plan:
         """Apply `take(tensor, axis)` to all per-position arguments of an invocation but its hidden states."""
 
         def mapped(name: str, value: Any) -> Any:
-            if isinstance(value, Tensor):
-                axis = position_axis(name, value, batch, length)
-                return value if axis is None else take(value, axis)
-            if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-                return type(value)(mapped(name, v) for v in value)
-            if type(value) is dict:
-                return {key: mapped(name, v) for key, v in value.items()}
-            return value
+            return _mapped(name, value, batch, length, take)
 
         names = self.names[number]
         new = [a if i == 0 else mapped(names[i] if i < len(names) else "", a) for i, a in enumerate(args)]
         skip = names[0] if not args else None
         return tuple(new), {k: v if k == skip else mapped(k, v) for k, v in kwargs.items()}
+
+
+# Not a closure that calls itself: that would be a ring through `take`, and all that a pass has recorded would
+# stay in memory until Python's collector comes by.
+def _mapped(name: str, value: Any, batch: int, length: int, take: Callable[[Tensor, int], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        axis = position_axis(name, value, batch, length)
+        return value if axis is None else take(value, axis)
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(name, v, batch, length, take) for v in value)
+    if type(value) is dict:
+        return {key: _mapped(name, v, batch, length, take) for key, v in value.items()}
+    return value
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Tensor:

@@ -30,7 +30,6 @@ class Scorer:
 
     Attributes:
         needs_output: Whether the output head must run on all tokens.
-        watch: Called at every attention call of pass 1; None if not needed.
     """
 
     def __init__(
@@ -42,8 +41,12 @@ class Scorer:
     ) -> None:
         self.strategy, self.plan, self.labels, self.pooled = strategy, plan, labels, pooled
         self.needs_output = strategy == "loss"
-        self.watch = self._attention_received if strategy == "attention" else None
         self._received: dict[Side, Tensor] = {}
+
+    @property
+    def watch(self) -> Callable[..., None] | None:
+        """Called at every attention call of pass 1; None if not needed."""
+        return self._attention_received if self.strategy == "attention" else None
 
     def scores(self, recording: Recording, output: Any) -> dict[Side, Tensor]:
         """Scores (batch, n) per side; a side without one is drawn at random."""

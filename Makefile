@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-conformance lint format clean
 
 ## Fine-tune a real model on real data and see what came out (a few minutes).
 demo: $(VENV)/.demo
@@ -19,6 +19,10 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
+## PEFT's own test suite with LaMDA in place of LoRA (fetched with pip, about ten minutes).
+test-conformance: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,7 +33,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .conformance runs build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone: pinned, so that no other package pulls the build with gigabytes of CUDA libraries.
 $(VENV)/.torch: constraints.txt

@@ -24,6 +24,7 @@ from leantune.report.capabilities import (  # noqa: E402
     capability_markdown,
     methods_markdown,
 )
+from tests.conformance import suite, verdict  # noqa: E402
 
 
 def grid(name: str) -> str:
@@ -51,6 +52,12 @@ def subspaces() -> str:
     return f"{subspaces_table(result)}\n\n`{result['command']}`; {versions}; CPU, 1 thread.\n"
 
 
+def conformance() -> str:
+    """PEFT's own tests with LaMDA in place of LoRA, with the command that reproduces it."""
+    how = f"`make test-conformance`; peft {suite.PEFT}; CPU."
+    return f"{verdict.table(verdict.pinned())}\n\n{how}\n"
+
+
 # Document → marker → what stands between <!-- marker --> and <!-- /marker -->.
 TABLES = {
     "README.md": {
@@ -61,6 +68,7 @@ TABLES = {
     "src/leantune/lamda/README.md": {
         **{name: partial(grid, name) for name in ("banking77", "trec-start", "lamda-init")},
         "lamda-subspaces": subspaces,
+        "conformance": conformance,
     },
     "src/leantune/lightpeft/README.md": {
         "lightpeft-trec": partial(grid, "lightpeft-trec"),

@@ -55,7 +55,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="lora",
         key="lean.adapter.type: lora",
-        what="baseline: PEFT's LoRA",
+        what="baseline: PEFT's LoRA; `variant: rslora`, `dora`, `adalora`, `vera`, `lora-fa` its relatives",
         paper="Hu et al. 2021, arXiv 2106.09685",
         card=None,
     ),

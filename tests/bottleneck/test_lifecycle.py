@@ -183,7 +183,7 @@ def test_several_adapters(family: str, logits: Any) -> None:
     batch = batch_for(family, TASKS[family])
     with pytest.raises(ValueError, match="nobody"):
         model.eval()(**batch, adapter_names=["nobody"] * 3)
-    with pytest.raises(ValueError, match="2 names for a batch of 3"):
+    with pytest.raises(ValueError, match="but got 2 and 3 respectively"):
         model.eval()(**batch, adapter_names=["default"] * 2)
     with pytest.raises(ValueError, match="training mode"):
         model.train()(**batch, adapter_names=names)

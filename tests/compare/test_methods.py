@@ -90,6 +90,14 @@ def test_the_recipes_own_settings_hold() -> None:
     }  # fmt: skip
 
 
+def test_variants_of_lora_are_told_apart() -> None:
+    own = make({"adapter": {"type": "lora", "variant": "dora", "r": 4, "target_modules": ["query"]}})
+    got = {name: plan(name, own).settings["lean"]["adapter"] for name in ("lora", "dora", "adalora", "vera")}
+    assert {name: adapter["variant"] for name, adapter in got.items()} == {name: name for name in got}
+    assert [adapter["r"] for adapter in got.values()] == [4, 4, 4, 256]
+    assert all(adapter["target_modules"] == ["query"] for adapter in got.values())
+
+
 def test_lamda_and_its_spectral_ranks_are_told_apart() -> None:
     own = make({"adapter": {"type": "lamda", "r": 8, "init": "random"}})
     ranked = plan("lamda++", own).settings["lean"]["adapter"]

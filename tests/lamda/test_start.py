@@ -158,6 +158,7 @@ def test_rank_and_alpha_patterns_and_layers_to_transform() -> None:
         ({"freeze_ratio": float("nan")}, "freeze_ratio=nan"),
         ({"freeze_ratio": 0.0}, "could never learn"),
         ({"freeze_order": "random"}, "freeze_order='random'"),
+        ({"bias": "lora_only"}, "bias='lora_only': must be one of 'none', 'all', 'lamda_only'"),
         ({"svd_iterations": -1}, "svd_iterations=-1"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q']=0"),
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q']=-1"),

@@ -76,9 +76,27 @@ def test_weighted_adapters_refuse_by_name() -> None:
         ),
         ((["default"], [1, 1], "sum"), "with a weight each"),
         ((["default"], [1], "second"), "'second' is taken"),
+        ((["default", "second"], [1, 1], "sum", "svd"), "combination_type='svd': LaMDA has 'cat' alone"),
     ):
         with pytest.raises(UserError, match=words):
             model.add_weighted_adapter(*arguments)
+    with pytest.raises(UserError, match="combination_type='ties', density=0.5: LaMDA has"):
+        model.add_weighted_adapter(["default"], [1], "sum", combination_type="ties", density=0.5)
+    assert set(model.peft_config) == {"default", "second"}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}, {"bias": "all"}],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_what_is_trained_beside_an_adapter_has_no_sum(beside: dict[str, Any]) -> None:
+    """It would be left out, and the new adapter would be something else than it says."""
+    model = two_adapters(**beside)
+    with pytest.raises(UserError, match=f"adapter 'second' has {next(iter(beside))}=.*no weighted sum"):
+        model.add_weighted_adapter(["default", "second"], [1, 1], "sum")
+    assert set(model.peft_config) == {"default", "second"}
+    model.add_weighted_adapter(["default"], [2], "twice")
 
 
 def test_exclude_modules_and_modules_to_save() -> None:
@@ -94,6 +112,62 @@ def test_exclude_modules_and_modules_to_save() -> None:
     )
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "lamda_" not in n}
     assert trained == {"base_model.model.lm_head.modules_to_save.default.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # of Conv1D: PEFT sets it itself
+@pytest.mark.parametrize("bias", ["none", "all", "lamda_only"])
+def test_biases_and_rows_of_the_embedding(bias: str, tmp_path: Path, logits: Any) -> None:
+    """Trained beside the adapter, saved with it, and part of the LoRA that it is exported to."""
+    targets = ["c_attn"]  # of GPT-2, whose layers have biases
+    config = LamdaConfig(r=4, target_modules=targets, bias=bias, trainable_token_indices=[1, 3, 5])
+    model = get_peft_model(build("gpt2"), config)
+    others = {n: p for n, p in model.named_parameters() if p.requires_grad and "lamda_" not in n}
+    rows = {n for n in others if n.endswith("trainable_tokens_delta.default")}
+    biases = [n for n in others if n.endswith(".bias")]
+    every = [n for n, _ in model.named_parameters() if n.endswith(".bias")]
+    expected = {"none": [], "all": every, "lamda_only": [n for n in every if "c_attn.base_layer" in n]}
+    assert biases == expected[bias] and rows and others.keys() == {*biases, *rows}
+    perturb(model)
+    with torch.no_grad():
+        for parameter in others.values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    said = logits(model, "gpt2")
+    model.save_pretrained(str(tmp_path / "lamda"))
+    loaded = PeftModel.from_pretrained(build("gpt2"), str(tmp_path / "lamda"))
+    assert torch.equal(logits(loaded, "gpt2"), said)
+    save_as_lora(model, tmp_path / "lora")
+    exported = PeftModel.from_pretrained(build("gpt2"), str(tmp_path / "lora"))
+    torch.testing.assert_close(logits(exported, "gpt2"), said, **CLOSE)
+    if bias != "none":
+        with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+            model.add_adapter("second", config)
+
+
+def test_names_are_such_that_deepspeed_finds_its_way() -> None:
+    """It goes by names: each part an identifier, each name one tensor, reachable by it, and each has one."""
+    model = two_adapters(init_scale="spectrum", modules_to_save=["lm_head"])
+    model.set_adapter("second")
+    parameters, state = dict(model.named_parameters(remove_duplicate=False)), model.state_dict()
+    assert len({id(p) for p in parameters.values()}) == len(parameters)
+    for name, tensor in (*parameters.items(), *model.named_buffers(remove_duplicate=False)):
+        assert all(part.isdigit() or part.isidentifier() for part in name.split(".")), name
+        owner = model.get_submodule(name.rpartition(".")[0])
+        assert getattr(owner, name.rpartition(".")[2]) is tensor, name
+    assert parameters.keys() <= state.keys()
+    assert all(p.is_contiguous() for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (torch.nn.Conv2d(2, 2, 1), "Conv2d"),
+        (torch.nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (torch.nn.Embedding(4, 4), "Embedding"),
+    ],
+)
+def test_layers_that_are_not_linear_are_named(layer: torch.nn.Module, words: str) -> None:
+    with pytest.raises(ValueError, match=f"Currently, only .* layer 'inner' is a {words}"):
+        get_peft_model(torch.nn.ModuleDict({"inner": layer}), LamdaConfig(r=1, target_modules=["inner"]))
 
 
 def test_hot_swapping_is_refused_by_peft_and_loading_in_place_does_it(tmp_path: Path, logits: Any) -> None:

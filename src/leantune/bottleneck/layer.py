@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from leantune.bottleneck.config import BottleneckConfig
 from leantune.bottleneck.function import linear
 from leantune.errors import UserError
+from leantune.peft_methods import rows_by_adapter
 
 # The same functions as under these names in transformers' ACT2FN.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -152,15 +153,8 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
 
     def _mixed_forward(self, x: Tensor, frozen: Tensor, adapter_names: list[str]) -> Tensor:
         """Each row of the batch through the adapter that is named for it; `"__base__"` means none."""
-        if len(x) != len(adapter_names):
-            raise ValueError(f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}")
         result = frozen
-        for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name not in self.bottleneck_down:
-                continue
-            rows = torch.tensor(
-                [i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device
-            )
+        for adapter_name, rows in rows_by_adapter(x, adapter_names, self.bottleneck_down):
             read = (frozen if self._is_serial(adapter_name) else x)[rows]
             result = result.index_add(0, rows, self.adapter_output(adapter_name, read).to(result.dtype))
         return result

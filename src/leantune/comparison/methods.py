@@ -47,6 +47,11 @@ class Part:
 PARTS: dict[str, Part] = {
     "full": Part("every weight is trained", {"adapter": {"type": "none"}}),
     "lora": Part("PEFT's LoRA", {"adapter": LORA}),
+    "rslora": Part("LoRA scaled by 1/sqrt(r)", {"adapter": LORA | {"variant": "rslora"}}),
+    "dora": Part("LoRA on directions, beside lengths", {"adapter": LORA | {"variant": "dora"}}),
+    "adalora": Part("LoRA that gives up ranks on the way", {"adapter": LORA | {"variant": "adalora"}}),
+    "vera": Part("vectors beside shared random matrices", {"adapter": LORA | {"variant": "vera", "r": 256}}),
+    "lora-fa": Part("LoRA with A frozen", {"adapter": LORA | {"variant": "lora-fa"}}),
     "lamda": Part("adapter B·S·A, A and gradually B frozen", {"adapter": LAMDA}),
     "lamda++": Part("LaMDA, ranks by layer from the spectra", {"adapter": LAMDA_RANKS}),
     "bottleneck": Part("the serial Adapter", {"adapter": {"type": "bottleneck"}}),
@@ -154,10 +159,18 @@ def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def _adapter(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The recipe's own adapter where it is of that type; else the table's, on the recipe's layers."""
     if wanted["type"] == own["type"]:
-        return _ranked(wanted, own) if own["type"] == "lamda" else own
+        return {"lamda": _ranked, "lora": _variant}.get(own["type"], lambda _, own: own)(wanted, own)
     if {wanted["type"], own["type"]} <= _ON_LAYERS:
         return wanted | {key: own[key] for key in ("target_modules", "exclude_modules")}
     return wanted
+
+
+def _variant(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Another variant of LoRA at the recipe's own rank; VeRA's, of fixed matrices, is another."""
+    variants = wanted.get("variant", "lora"), own["variant"]
+    if variants[0] == variants[1]:
+        return own
+    return own | {"variant": variants[0], "r": wanted["r"] if "vera" in variants else own["r"]}
 
 
 def _ranked(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,12 @@ class Combining(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
     ) -> None:
         """Add the adapter whose output is the weighted sum of others' outputs, to rounding.
 
@@ -32,10 +37,21 @@ class Combining(BaseTuner):
             adapters: Names of adapters of this model.
             weights: One for each.
             adapter_name: Of the new adapter.
+            combination_type: LoRA's name for the exact sum, `cat`. It has others, all of them approximations.
+            **options: Of those others; there are none here.
 
         Raises:
-            UserError: A name is unknown or taken, or there are not as many weights as names.
+            UserError: A name is unknown or taken, there are not as many weights as names, the combination is
+                another, or an adapter has something beside its factors that cannot be added up: modules that
+                it saves, rows of an embedding, biases.
         """
+        if combination_type != "cat" or options:
+            asked = {"combination_type": combination_type, **options}
+            raise UserError(
+                f"add_weighted_adapter: {', '.join(f'{key}={value!r}' for key, value in asked.items())}: "
+                f"LaMDA has 'cat' alone, the exact sum; for another, export the adapters with "
+                f"`leantune.save_as_lora` and combine those"
+            )
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters or len(adapters) != len(weights):
             raise UserError(
@@ -44,6 +60,7 @@ class Combining(BaseTuner):
             )
         if adapter_name in self.peft_config:
             raise UserError(f"add_weighted_adapter: adapter_name={adapter_name!r} is taken")
+        self._refuse_what_has_no_sum(adapters)
         layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -56,6 +73,16 @@ class Combining(BaseTuner):
         for name, (left, A) in sums.items():
             layers[name].set_product(adapter_name, left, A)
         self.set_adapter(self.active_adapters)
+
+    def _refuse_what_has_no_sum(self, adapters: Sequence[str]) -> None:
+        for adapter in adapters:
+            for key in ("modules_to_save", "trainable_token_indices", "bias"):
+                value = getattr(self.peft_config[adapter], key)
+                if value and value != "none":
+                    raise UserError(
+                        f"add_weighted_adapter: adapter {adapter!r} has {key}={value!r}: what is trained "
+                        f"beside the adapter has no weighted sum"
+                    )
 
 
 def _sum(layer: LamdaLinear, adapters: Sequence[str], weights: Sequence[float]) -> tuple[Tensor, Tensor]:

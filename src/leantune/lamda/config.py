@@ -16,6 +16,7 @@ INITS = ("svd", "smallest", "random", "orthogonal", *DATA_INITS)
 INIT_SCALES = ("spectrum", "normalized", "identity")
 INIT_BS = ("vectors", "zero")
 FREEZE_ORDERS = ("largest", "smallest")
+BIASES = ("none", "all", "lamda_only")
 
 
 @dataclass
@@ -119,6 +120,20 @@ class LamdaConfig(PeftConfig):
         default=None,
         metadata={"help": "Modules trained in full and saved with the adapter, for example a classifier."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the embedding that are trained beside the adapter: token ids, or name of "
+            "the embedding -> token ids."
+        },
+    )
+    bias: str = field(
+        default="none",
+        metadata={
+            "help": "Biases of the base that are trained too: 'none', 'all', or 'lamda_only' those of the "
+            "adapted layers. The base without the adapter is then no longer what it was."
+        },
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Adapt only the layers with these indices."}
     )
@@ -180,6 +195,7 @@ class LamdaConfig(PeftConfig):
                 "init_b": INIT_BS,
                 "freeze_order": FREEZE_ORDERS,
                 "init_weights": (True, False),
+                "bias": BIASES,
             },
         )
         if self.init in DATA_INITS and self.init_scale == "spectrum":

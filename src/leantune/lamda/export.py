@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -94,6 +95,8 @@ def _lora_config(config: LamdaConfig, ranks: dict[str, int]) -> LoraConfig:
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        bias=cast(Any, config.bias.replace("lamda", "lora")),
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
     )

@@ -29,6 +29,7 @@ from leantune.lamda.config import DATA_INITS, LamdaConfig
 from leantune.lamda.function import LowRank
 from leantune.lamda.init import Factors, Spectrum, initial_factors
 from leantune.lamda.merging import Merging
+from leantune.peft_methods import rows_by_adapter
 
 
 class FrozenColumns(BufferDict):
@@ -298,19 +299,9 @@ class LamdaLinear(nn.Module, Merging):
 
     def _mixed_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Each row of the batch through the adapter that is named for it; `"__base__"` means none."""
-        if self.merged:
-            raise ValueError(
-                "cannot use `adapter_names` while adapters are merged; call `unmerge_adapter()` first"
-            )
-        if len(x) != len(adapter_names):
-            raise ValueError(f"`adapter_names` has {len(adapter_names)} names for a batch of {len(x)}")
+        rows_of = rows_by_adapter(x, adapter_names, self.lamda_S, self.merged)
         result = self.base_layer(x, *args, **kwargs)
-        for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name not in self.lamda_S:
-                continue
-            rows = torch.tensor(
-                [i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device
-            )
+        for adapter_name, rows in rows_of:
             result = result.index_add(0, rows, self.adapter_output(adapter_name, x[rows]).to(result.dtype))
         return result
 

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 
 class MixedBatch(BaseTuner):
@@ -71,3 +72,34 @@ def _with_adapter_names(
 ) -> tuple[Any, Any]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def rows_by_adapter(
+    x: Tensor, adapter_names: list[str], known: Any, merged: bool = False
+) -> list[tuple[str, Tensor]]:
+    """Which rows of a layer's input go through which of its adapters. Errors are in PEFT's words.
+
+    Args:
+        x: (batch, ..., d).
+        adapter_names: One a row; `"__base__"` means none.
+        known: Adapters of this layer (anything that knows `in`); rows of others, and those of `"__base__"`,
+            are left out.
+        merged: Whether an adapter is in the weight already.
+
+    Raises:
+        ValueError: There are not as many names as rows, or an adapter is merged.
+    """
+    if len(x) != len(adapter_names):
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively."
+        )
+    if merged:
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        if name in known:
+            rows.setdefault(name, []).append(row)
+    return [(name, torch.tensor(numbers, device=x.device)) for name, numbers in rows.items()]

@@ -109,11 +109,16 @@ class LamdaRecipe(Strict):
 
 
 class LoraRecipe(Strict):
-    """LoRA, PEFT's own."""
+    """LoRA or one of its variants, PEFT's own."""
 
     type: Literal["lora"]
+    variant: Literal["lora", "rslora", "dora", "adalora", "vera", "lora-fa"] = Field(
+        "lora", description="lora-fa: A frozen; adalora: r is the mean at the end; vera wants a large r (256)"
+    )
     r: PositiveInt = Field(8, description="rank")
-    alpha: PositiveFloat | None = Field(None, description="scaling is alpha / r; null: alpha = 2r")
+    alpha: PositiveFloat | None = Field(
+        None, description="scaling is alpha / r (rslora: alpha / sqrt(r); vera: none); null: alpha = 2r"
+    )
     dropout: Probability = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
@@ -221,6 +226,14 @@ class PruneRecipe(Strict):
     fold: bool = Field(True, description="scale what stays by its masks, so that pruning does not move it")
 
 
+# LoRA's variants are baselines: with what of ours they were tried.
+_VARIANTS_WITH = {
+    "prune": ("lora",),
+    "tokens": ("lora", "rslora", "dora", "vera", "lora-fa"),
+    "quantize": ("lora", "rslora", "lora-fa"),
+}
+
+
 class LeanRecipe(Strict):
     """Which methods, alone or together."""
 
@@ -243,6 +256,16 @@ class LeanRecipe(Strict):
             raise ValueError("quantize leaves nothing to train in the base: set lean.adapter, to lora say")
         if self.quantize is not None and self.prune is not None:
             raise ValueError("quantize and prune exclude each other: packed weights cannot be cut")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_stand_alone(self) -> LeanRecipe:
+        variant = getattr(self.adapter, "variant", "lora")
+        for key, accepted in _VARIANTS_WITH.items():
+            if getattr(self, key) is not None and variant not in accepted:
+                raise ValueError(
+                    f"{key} does not go with adapter.variant={variant}; it does with {', '.join(accepted)}"
+                )
         return self
 
 
@@ -307,6 +330,8 @@ class Recipe(Strict):
 def _adapter_name(adapter: AdapterRecipe) -> str:
     if isinstance(adapter, LamdaRecipe) and adapter.spectral_ranks is not None:
         return "lamda++"
+    if isinstance(adapter, LoraRecipe):
+        return adapter.variant
     return "full" if adapter.type == "none" else adapter.type
 
 

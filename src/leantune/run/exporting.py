@@ -114,6 +114,8 @@ def _writer(loaded: LoadedRun, to: str) -> Callable[[Path], Any]:
         raise UserError("--to lora: the run has no adapter (full fine-tuning); use --to merged")
     if loaded.plan is not None:
         return lambda folder: _recovered(loaded).save(folder)
+    if (variant := getattr(loaded.recipe.lean.adapter, "variant", "lora")) in ("adalora", "vera"):
+        raise UserError(f"--to lora: {variant} is no LoRA in PEFT's files; use --to merged")
     if adapter == "lora":
         return lambda folder: _copy_weights(loaded.folder.adapter, folder)
     return lambda folder: save_as_lora(loaded.model, folder)

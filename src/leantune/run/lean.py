@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from leantune.anatomy import find_groups
+from leantune.baselines import AdaLoraBudget, freeze_down_projections, lora_variant
 from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
 from leantune.lamda import (
@@ -77,7 +78,7 @@ def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
 
 def _lora(recipe: LoraRecipe, common: dict[str, Any]) -> PeftConfig:
     alpha = recipe.alpha if recipe.alpha is not None else 2 * recipe.r
-    return LoraConfig(r=recipe.r, lora_alpha=alpha, lora_dropout=recipe.dropout, **common)  # type: ignore[arg-type]
+    return lora_variant(recipe.variant, recipe.r, alpha, recipe.dropout, common)
 
 
 def _bottleneck(recipe: BottleneckRecipe, common: dict[str, Any]) -> PeftConfig:
@@ -95,7 +96,7 @@ def _bottleneck(recipe: BottleneckRecipe, common: dict[str, Any]) -> PeftConfig:
 # Adapter type → (recipe → PEFT config, callbacks that its training needs).
 ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback], ...]]] = {
     "lamda": (_lamda, (LamdaFreezing,)),
-    "lora": (_lora, ()),
+    "lora": (_lora, (AdaLoraBudget,)),
     "bottleneck": (_bottleneck, ()),
 }
 
@@ -212,7 +213,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
         "modules_to_save": trained_in_full(model, task_type) or None,
     }
     try:
-        return get_peft_model(model, make(adapter, common))
+        adapted = get_peft_model(model, make(adapter, common))
     except (ValueError, TypeError) as error:  # TypeError: a head that PEFT cannot save beside its adapter
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, UserError) and ("arget modules" in reason or "target_modules" in reason):
@@ -221,6 +222,9 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.
                 f"(its layers: {', '.join(linear_names(model))})"
             ) from None
         raise UserError(f"lean.adapter: {reason}") from None
+    if isinstance(adapter, LoraRecipe) and adapter.variant == "lora-fa":
+        freeze_down_projections(adapted)
+    return adapted
 
 
 def prepare(model: nn.Module, recipe: Recipe, batches: Iterable[dict[str, Any]]) -> None:
@@ -246,6 +250,19 @@ def trained_in_full(model: nn.Module, task_type: str) -> list[str]:
     head = head_modules(model) if task_type == "SEQ_CLS" else []
     inside = [name for name in new_modules(model) if name.split(".")[0] not in head]
     return head + inside
+
+
+def check_resumable(recipe: Recipe, checkpoint: str | None) -> None:
+    """See whether a run can go on from a checkpoint.
+
+    Raises:
+        UserError: It is AdaLoRA's.
+    """
+    if checkpoint is not None and getattr(recipe.lean.adapter, "variant", None) == "adalora":
+        raise UserError(
+            "lean.adapter.variant = adalora: PEFT keeps the scores by which ranks go in no checkpoint: the "
+            "run cannot be resumed; start anew with --overwrite"
+        )
 
 
 def callbacks(recipe: Recipe) -> list[TrainerCallback]:

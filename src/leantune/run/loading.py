@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from leantune.baselines import opened
 from leantune.errors import UserError, first_line
 from leantune.lightpeft import PruningPlan, Weights, load_pruned
 from leantune.recipes import Recipe
@@ -139,4 +140,4 @@ def attach_saved(base: PreTrainedModel, folder: Path, trainable: bool = False) -
         UserError: The adapter's files are damaged or do not fit the base.
     """
     with told_in_a_line(f"{folder}: the adapter cannot be loaded"):
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+        return opened(PeftModel.from_pretrained(base, str(folder), is_trainable=trainable))

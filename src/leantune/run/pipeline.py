@@ -274,6 +274,7 @@ def _fit(
     model = prepared.model
     classifies = prepared.task.peft_task_type == "SEQ_CLS"
     checkpoint = _checkpoint(folder.checkpoints, resume, console)
+    lean.check_resumable(recipe, checkpoint)
     progress = ProgressBar(console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
     trainer = build_trainer(

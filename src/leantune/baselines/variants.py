@@ -11,7 +11,7 @@ PEFT leaves it to the training loop to say when; forgotten, no rank ever goes. `
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig
 from peft.tuners.adalora import AdaLoraModel
@@ -87,7 +87,7 @@ class AdaLoraBudget(TrainerCallback):
     ) -> None:
         """The length of the run is known now."""
         for tuner in _adalora(kwargs["model"]):
-            config = tuner.peft_config[tuner.trainable_adapter_name]
+            config = cast(AdaLoraConfig, tuner.peft_config[tuner.trainable_adapter_name])
             total = state.max_steps
             config.total_step, config.tinit = total, int(_WARM_UP * total)
             config.tfinal = int(_LAST * total)

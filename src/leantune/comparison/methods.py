@@ -159,7 +159,9 @@ def changes(name: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def _adapter(wanted: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The recipe's own adapter where it is of that type; else the table's, on the recipe's layers."""
     if wanted["type"] == own["type"]:
-        return {"lamda": _ranked, "lora": _variant}.get(own["type"], lambda _, own: own)(wanted, own)
+        if own["type"] == "lamda":
+            return _ranked(wanted, own)
+        return _variant(wanted, own) if own["type"] == "lora" else own
     if {wanted["type"], own["type"]} <= _ON_LAYERS:
         return wanted | {key: own[key] for key in ("target_modules", "exclude_modules")}
     return wanted

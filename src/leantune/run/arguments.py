@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
+from leantune.run import processes
 
 KEPT_CHECKPOINTS = 2
 
@@ -35,6 +37,7 @@ def training_arguments(
         "save_total_limit": KEPT_CHECKPOINTS,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
+        "data_seed": recipe.train.seed,
         "train_sampling_strategy": "group_by_length",  # rows of like length together: less padding
     }
     own: dict[str, Any] = {
@@ -46,6 +49,8 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,
         "include_num_input_tokens_seen": "non_padding",
     }
+    if processes.count() > 1 and not torch.cuda.is_available():
+        own |= {"use_cpu": True}  # else the Trainer would see one process
     if max_steps is not None:
         own |= {"max_steps": max_steps}
     if max_steps is not None or not has_validation:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from leantune.errors import RunError
-from leantune.run import lean
+from leantune.run import lean, processes
 from leantune.run.fitting import FittingTrainer
 from leantune.run.health import damaged_parameter, first_not_finite, rows_of, told_rows
 
@@ -30,7 +30,7 @@ class FiniteTrainer(FittingTrainer):
         # one number is read from the device; the log reads two a step in any case
         if not math.isfinite(together(seen)):
             if self.on_nan == "stop":
-                raise RunError(self._what_is_not_finite(float(torch.stack(self._losses).sum())))
+                raise processes.shared(RunError(self._what_is_not_finite()))
             self._skip_step(model)
         self._batches.clear()
         self._losses.clear()
@@ -43,7 +43,15 @@ class FiniteTrainer(FittingTrainer):
         self._tr_loss = torch.zeros_like(self._tr_loss)
         self._skipped_now = True
 
-    def _what_is_not_finite(self, loss: float) -> str:
+    def _what_is_not_finite(self) -> str:
+        """What to tell; with several processes, of the first whose own loss is not finite."""
+        loss = float(torch.stack(self._losses).sum())
+        losses = processes.gathered(loss)
+        rank = next((number for number, one in enumerate(losses) if not math.isfinite(one)), 0)
+        told = processes.gathered(self._where_it_began(loss) if rank == processes.rank() else "")[rank]
+        return told if len(losses) == 1 else f"process {rank}: {told}"
+
+    def _where_it_began(self, loss: float) -> str:
         step = self.state.global_step + 1
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
         number, steps = self._epoch
@@ -52,8 +60,10 @@ class FiniteTrainer(FittingTrainer):
         rows = rows_of(self.callback_handler.train_dataloader, number, first, len(self._batches))
         batch = f"; its batch: rows {told_rows(rows)} of the train split" if rows else ""
         model = cast(nn.Module, self.model)
-        where = damaged_parameter(model)
-        if where is not None:
+        where = None if self.is_fsdp_enabled else damaged_parameter(model)
+        if self.is_fsdp_enabled:  # its forward needs all processes
+            origin = "where it began is not looked for with train.fsdp"
+        elif where is not None:
             origin = f"the weight {where} is not finite itself"
         else:
             module = first_not_finite(model, self._forward_again)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from transformers import Trainer
 
 from leantune.errors import RunError
 from leantune.run import lean
-from leantune.run.parts import RowsAtOnce, is_out_of_memory, parts_of, release, rows_in
+from leantune.run.dealing import Dealt
+from leantune.run.parts import RowsAtOnce, is_out_of_memory, parts_of, release, rows_between, rows_in
 from leantune.run.tasks.token_metrics import IGNORED
 
 
@@ -30,6 +33,7 @@ class FittingTrainer(Trainer):
     say: Callable[[str], object] = staticmethod(lambda text: None)
     _share = 1.0  # with which the next loss enters
     _tokens_before: dict[str, int] | None = None  # the optimizer step in progress
+    _dealt: Dealt | None = None  # the step's last batch, if it is an epoch's and not full
 
     def __init__(self, *args: Any, head_averages: bool = False, **kwargs: Any) -> None:
         self._batches: list[dict[str, Any]] = []  # of the optimizer step in progress
@@ -37,6 +41,21 @@ class FittingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.head_averages = head_averages
         self.add_callback(RowsAtOnce())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As Trainer's; an epoch's last batch loses the rows that it was filled up with (see dealing.py)."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counted, self._dealt, state = batches, None, self.accelerator.gradient_state
+        if batches and self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            last = batches[-1]
+            self._dealt = Dealt(state.remainder, rows_in(last), self.args.process_index, self.args.world_size)
+            # one row stays in any case: all processes take part in every step
+            batches[-1] = last = rows_between(last, 0, max(self._dealt.own, 1))
+            if not self._dealt.own and "labels" in last:
+                counted = [*batches[:-1], {**last, "labels": torch.full_like(last["labels"], IGNORED)}]
+        return batches, self._get_num_items_in_batch(counted, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -60,16 +79,26 @@ class FittingTrainer(Trainer):
     def _whole_or_parts(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> torch.Tensor | None:
         """Forward and backward of a batch; None if memory does not suffice, and smaller parts are due."""
         rows, most = rows_in(inputs), self._rows_at_once.training
-        self._share = 1.0  # a pass that failed may have left its own
+        self._share = self._own_share(items)  # a pass that failed may have left its own
         try:
             if most is None or rows <= most:
-                return super().training_step(model, inputs, items)
+                with nullcontext() if self._share else lean.unmeasured(model):
+                    return super().training_step(model, inputs, items)
             return self._in_parts(model, inputs, items, rows, most)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         self._rows_at_once.training = self._fewer(rows, most, inputs)
         return None
+
+    def _own_share(self, items: Any) -> float:
+        """With which a batch's loss enters, whose rows were dealt to several processes."""
+        last = len(self._batches) == self.current_gradient_accumulation_steps
+        if self._dealt is None or not last:
+            return 1.0
+        if self.model_accepts_loss_kwargs and items is not None:  # divided by the items of all processes
+            return float(self._dealt.own > 0)
+        return self._dealt.share
 
     def _in_parts(
         self, model: nn.Module, inputs: dict[str, Any], items: Any, rows: int, most: int

@@ -24,6 +24,7 @@ from leantune.lamda import (
     LamdaConfig,
     LamdaFreezing,
     SpectralRanks,
+    frozen_in_place,
     frozen_share,
     prepare_lamda,
     unprepared_adapters,
@@ -41,6 +42,7 @@ from leantune.lightpeft import (
     shrink,
 )
 from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
+from leantune.run import processes
 from leantune.run.models import head_modules, new_modules
 from leantune.tokentune import (
     CHOOSE_AHEAD,
@@ -176,7 +178,8 @@ def attach_tokens(model: nn.Module, recipe: Recipe, verify: bool = True) -> nn.M
 def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_tokens: bool) -> Collator:
     """The collator for training: it chooses tokens where they must be known before the first forward.
 
-    Losses that are divided by the tokens of all micro-batches need the choice when those are counted.
+    Losses that are divided by the tokens of all micro-batches and processes need the choice when those are
+    counted.
 
     Args:
         model: With the recipe's methods attached.
@@ -188,14 +191,15 @@ def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_
         UserError: Batches are made in other processes, which cannot know the choice.
     """
     tokens, settings = recipe.lean.tokens, recipe.train.model_extra or {}
-    if tokens is None or not counts_tokens or settings.get("gradient_accumulation_steps", 1) == 1:
+    together = settings.get("gradient_accumulation_steps", 1) * processes.count()
+    if tokens is None or not counts_tokens or together == 1:
         return collator
     if tokens.strategy not in CHOOSE_AHEAD:
         return collator  # their scores come from the forward itself: a mean of means, as the card says
     if settings.get("dataloader_num_workers"):
         raise UserError(
-            "lean.tokens with train.gradient_accumulation_steps needs batches made in the training process: "
-            "leave train.dataloader_num_workers out"
+            "lean.tokens with train.gradient_accumulation_steps or several processes needs batches made in "
+            "the training process: leave train.dataloader_num_workers out"
         )
     return ChoosingCollator(model, collator)
 
@@ -275,6 +279,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             estimation.begin_step(measuring)
 
 
+@contextmanager
+def unmeasured(model: nn.Module) -> Iterator[None]:
+    """Training passes in here count for nothing that is measured: rows that another process has, too."""
+    estimation = estimation_of(model)
+    if estimation is None:
+        yield
+        return
+    with estimation.unmeasured():
+        yield
+
+
 def forget_step(model: nn.Module, state: dict[str, int] | None) -> None:
     """The passes of the step in progress have not been; `state` is what `tokens_now` said before them."""
     estimation = estimation_of(model)
@@ -345,6 +360,11 @@ def _linear(module: nn.Module) -> bool:
 def is_adapted(model: nn.Module) -> bool:
     """Whether an adapter is attached (no: the model itself is trained)."""
     return isinstance(model, PeftModel)
+
+
+def held_weights(model: nn.Module) -> int:
+    """Numbers in trained parameters that are frozen all the same (LaMDA's B in several processes)."""
+    return frozen_in_place(model)
 
 
 def progress_facts(model: nn.Module) -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from leantune.errors import RunError, first_line
+from leantune.run import processes
 from leantune.run.arguments import KEPT_CHECKPOINTS
 from leantune.run.callbacks import RunLog, was_evaluated
 from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkpoints, seal, whats_wrong
+from leantune.run.dealing import EpochSampler
 from leantune.run.facts import versions
 from leantune.run.finite import FiniteTrainer
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
-
-
-class EpochSampler(Sampler[int]):
-    """Another sampler, with an order that depends on the seed and the epoch alone.
-
-    transformers' LengthGroupedSampler draws from the global generator, so a run that is resumed in the middle
-    of an epoch would see other batches than the one that was not.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer (through accelerate's data loader) before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(self.sampler)
 
 
 class LeanTrainer(FiniteTrainer):
@@ -62,6 +44,7 @@ class LeanTrainer(FiniteTrainer):
 
     _staging: str | None = None
     _sealed: Path | None = None
+    _order: EpochSampler | None = None
 
     def __init__(self, *args: Any, train_collator: DataCollator | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +62,8 @@ class LeanTrainer(FiniteTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return EpochSampler(sampler, self.args.data_seed or self.args.seed)
+            self._order = EpochSampler(sampler, self.args.data_seed or self.args.seed, self.args.world_size)
+            return self._order
         return sampler
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -89,23 +73,31 @@ class LeanTrainer(FiniteTrainer):
         folder = Path(str(self.args.output_dir))
         step = self.state.global_step
         place = folder / f"checkpoint-{step}"
-        if self._sealed == place or (place.exists() and whats_wrong(place) is None):
+        if processes.from_main(
+            lambda: self._sealed == place or (place.exists() and whats_wrong(place) is None)
+        ):
             return  # at this very step: a stop, or the last step, and the end of an epoch
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunLog):
                 callback.flush()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=WRITING, dir=folder, ignore_cleanup_errors=True) as aside:
-                self._staging = aside
+            self._staging = processes.from_main(lambda: _writing_place(folder, step))
+            # writing sharded weights is an exchange itself: an error there cannot wait for the others
+            in_step = nullcontext() if self.is_fsdp_enabled else processes.together()
+            with in_step, _can_be_saved(folder, step):
                 super()._save_checkpoint(model, trial)
-                seal(Path(aside) / place.name, place, step, versions())
+            processes.from_main(lambda: self._seal(folder, place, step))
             self._sealed = place
-            keep_newest(folder, self.args.save_total_limit or KEPT_CHECKPOINTS, step)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise _cannot_save(error, folder, step) from error
         finally:
+            if self._staging is not None and processes.is_main():
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+
+    def _seal(self, folder: Path, place: Path, step: int) -> None:
+        """The checkpoint is whole: all processes have written their part."""
+        with _can_be_saved(folder, step):
+            seal(Path(str(self._staging)) / place.name, place, step, versions(), processes.count())
+            keep_newest(folder, self.args.save_total_limit or KEPT_CHECKPOINTS, step)
 
     def save_now(self) -> None:
         """Write a checkpoint of where training is, unless there is one."""
@@ -141,6 +133,8 @@ class LeanTrainer(FiniteTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._epoch = (kwargs["epoch"], kwargs["num_update_steps_per_epoch"])
+        if self._order is not None:  # wrappers around it (shards, skipped batches) do not always pass it on
+            self._order.set_epoch(kwargs["epoch"])
         self._evaluate_what_is_owed()
         finished = self.state.global_step >= self.state.max_steps  # else resuming there would take one more
         if not finished and not self.control.should_training_stop:
@@ -149,6 +143,22 @@ class LeanTrainer(FiniteTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluate_what_is_owed()
         return super()._finalize_training(*args, **kwargs)
+
+
+def _writing_place(folder: Path, step: int) -> str:
+    with _can_be_saved(folder, step):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=WRITING, dir=folder)
+
+
+@contextmanager
+def _can_be_saved(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if processes.is_lost(error):
+            raise
+        raise _cannot_save(error, folder, step) from error
 
 
 def _cannot_save(error: Exception, folder: Path, step: int) -> RunError:

@@ -64,7 +64,9 @@ def together(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     return results
 
 
-def _run(end: Connection, environment: dict[str, Any], work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    end: Connection, environment: dict[str, Any], work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     try:

@@ -49,8 +49,11 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,
         "include_num_input_tokens_seen": "non_padding",
     }
-    if processes.count() > 1 and not torch.cuda.is_available():
-        own |= {"use_cpu": True}  # else the Trainer would see one process
+    if processes.count() > 1:
+        _check_together(recipe.train.model_extra or {})
+        own |= (
+            {} if torch.cuda.is_available() else {"use_cpu": True}
+        )  # else the Trainer would see one process
     if max_steps is not None:
         own |= {"max_steps": max_steps}
     if max_steps is not None or not has_validation:
@@ -62,6 +65,17 @@ def training_arguments(
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would use DataParallel, which copies the model in every step
     return arguments
+
+
+def _check_together(settings: dict[str, Any]) -> None:
+    """Several processes share a step's rows and its loss in one way; these keys would have another."""
+    for key, fine in (
+        ("average_tokens_across_devices", (True,)),
+        ("train_sampling_strategy", ("group_by_length", "random", "sequential")),
+        ("accelerator_config", (None,)),
+    ):
+        if key in settings and settings[key] not in fine:
+            raise UserError(f"train.{key} = {settings[key]!r}: not with several processes")
 
 
 def _which_key(recipe: Recipe, reason: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +47,24 @@ class FittingTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """As Trainer's; an epoch's last batch loses the rows that it was filled up with (see dealing.py)."""
         batches = list(islice(epoch_iterator, num_batches))
-        counted, self._dealt, state = batches, None, self.accelerator.gradient_state
-        if batches and self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+        counted, self._dealt = batches, None
+        left = self._left_over() if batches and self.accelerator.gradient_state.end_of_dataloader else 0
+        if left:
             last = batches[-1]
-            self._dealt = Dealt(state.remainder, rows_in(last), self.args.process_index, self.args.world_size)
+            self._dealt = Dealt(left, rows_in(last), self.args.process_index, self.args.world_size)
             # one row stays in any case: all processes take part in every step
             batches[-1] = last = rows_between(last, 0, max(self._dealt.own, 1))
             if not self._dealt.own and "labels" in last:
                 counted = [*batches[:-1], {**last, "labels": torch.full_like(last["labels"], IGNORED)}]
         return batches, self._get_num_items_in_batch(counted, device)
+
+    def _left_over(self) -> int:
+        """Rows in an epoch's last batch, if several processes share it and it is not full."""
+        args: Any = self.args
+        if args.world_size == 1 or args.dataloader_drop_last:
+            return 0
+        # accelerate's own `remainder` is not known in an epoch that is resumed in the middle
+        return len(cast(Sized, self.train_dataset)) % (args.per_device_train_batch_size * args.world_size)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

@@ -102,6 +102,19 @@ ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback]
 }
 
 
+def check_together(recipe: Recipe) -> None:
+    """What several processes cannot train.
+
+    Raises:
+        UserError: The recipe asks for it, and there are several.
+    """
+    if processes.count() > 1 and recipe.lean.quantize == "int8-torchao":
+        raise UserError(
+            "lean.quantize = 'int8-torchao': torchao's weights cannot be sent between processes; with "
+            "several, take int8 (bitsandbytes), or train in one"
+        )
+
+
 def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
     """Attach the recipe's methods; a model for full fine-tuning comes back as it is.
 

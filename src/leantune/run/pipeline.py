@@ -61,6 +61,9 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for
         super().__init__(message)
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.signal_number)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -177,6 +180,7 @@ def _look(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> d
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    lean.check_together(recipe)
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
     with console.status("reading data and model"):
@@ -364,8 +368,10 @@ def _drawn_batches(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> Iter
     random.Random(recipe.train.seed).shuffle(order)
     count, rank = processes.count(), processes.rank()
     size = trainer.args.per_device_train_batch_size * count
-    for start in range(0, len(order) - count + 1, size):  # every process has a part of every batch
-        rows = [dict(train[number]) for number in order[start : start + size][rank::count]]
+    for start in range(0, len(order) - count + 1, size):
+        batch = order[start : start + size]
+        own = range(rank, len(batch) // count * count, count)  # as many in every process
+        rows = [dict(train[batch[place]]) for place in own]
         yield trainer._prepare_inputs(trainer.data_collator(rows))
 
 

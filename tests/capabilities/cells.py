@@ -183,6 +183,27 @@ def _ddp(cell: Cell) -> None:
     assert leantune.evaluate(made.output) == metrics["evaluation"]
 
 
+def _fsdp(cell: Cell) -> None:
+    """The same with FSDP2: the parameters are pieces while they are trained."""
+    made = cell.recipe("fsdp", batch_size=4, fsdp=True)
+    (metrics, sharded), _ = together(2, _in_sharded_team, made)
+    assert metrics["processes"] == 2 and sharded
+    assert leantune.evaluate(made.output) == metrics["evaluation"]
+
+
+class _Sharded(TrainerCallback):
+    found = False
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.found = all(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def _in_sharded_team(made: Recipe) -> tuple[dict[str, Any], bool]:
+    needed, look = lean.callbacks, _Sharded()
+    lean.callbacks = lambda recipe: [look, *needed(recipe)]
+    return _in_team(made), look.found
+
+
 def _export(kind: str) -> Callable[[Cell], None]:
     def export(cell: Cell) -> None:
         leantune.export(cell.whole, kind, cell.place / kind)
@@ -198,13 +219,14 @@ ABILITIES: dict[str, Callable[[Cell], None]] = {
     "checkpointing": _checkpointing,
     "accumulation": _accumulation,
     "ddp": _ddp,
+    "fsdp": _fsdp,
     "quantised": _quantised,
     "export lora": _export("lora"),
     "export merged": _export("merged"),
     "export pruned": _export("pruned"),
 }
 # Abilities that are tried on some architectures alone; the table says so.
-TRIED_ON: dict[str, tuple[tuple[str, str], ...]] = {"ddp": FAMILIES[1:2]}
+TRIED_ON: dict[str, tuple[tuple[str, str], ...]] = {"ddp": FAMILIES[1:2], "fsdp": FAMILIES[1:2]}
 
 
 def abilities_on(family: str, task: str) -> tuple[str, ...]:

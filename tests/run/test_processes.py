@@ -106,7 +106,7 @@ def same_as_one(base: Path, rows: Path, place: Path, settings: dict[str, Any], *
     """Two processes with batches of 4 against one with batches of 8."""
 
     def made(name: str, size: int) -> Any:
-        keys = {"batch_size": size, "learning_rate": 1e-3, **train_keys}
+        keys = {"batch_size": size, "learning_rate": 1e-3, "epochs": 1, **train_keys}
         return recipe(base, rows, place / name, settings, train=keys)
 
     alone = leantune.train(made("one", 8), console=quiet()).metrics
@@ -238,24 +238,94 @@ def test_out_of_memory_in_one(base: Path, rows: Path, tmp_path: Path) -> None:
     assert isinstance(left, RunError) and str(left).startswith("another of the 2 processes has ended")
 
 
+# -- FSDP2 --------------------------------------------------------------------------------------------------
+
+
+class Sharded(TrainerCallback):
+    """Looks whether each process really has but a part."""
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        from torch.distributed.tensor import DTensor
+
+        parameters = list(model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        held = sum(parameter.to_local().numel() for parameter in parameters)
+        assert held < 0.6 * sum(parameter.numel() for parameter in parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora", "lamda"])
+def test_fsdp_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    """FSDP2 with parameters in pieces: the result of one process; stopped and resumed, the same bits."""
+
+    def made(place: str, size: int, **keys: Any) -> Any:
+        keys = {"batch_size": size, "learning_rate": 1e-3, **keys}
+        return recipe(base, rows, tmp_path / place, still(name), train=keys)
+
+    alone = leantune.train(made("one", 8), console=quiet()).metrics
+    metrics, world, _ = together(2, train, made("two", 4, fsdp=True), False, Sharded())[0]
+    assert world == 2 and alone["steps"] == metrics["steps"]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=3e-4)
+    stop = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = Team(2, train, made("halves", 4, fsdp=True), False, stop).results()
+    assert all(isinstance(result, Interrupted) for result in stopped), stopped
+    together(2, train, made("halves", 4, fsdp=True), True, Sharded())
+    halves = weights(tmp_path / "halves")
+    assert all(torch.equal(two[key], halves[key]) for key in two)
+
+
+def test_what_fsdp_does_not_train(base: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def refused(name: str, **keys: Any) -> str:
+        made = recipe(base, rows, tmp_path / "run", SETTINGS[name], train={"fsdp": True, **keys})
+        with pytest.raises(UserError) as error:
+            lean.check_together(made)
+        return str(error.value)
+
+    assert "start with --processes N" in refused("lora")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert refused("lean").startswith("lean.prune: not with train.fsdp")
+    assert refused("tokentune").startswith("lean.tokens: not with train.fsdp")
+    assert refused("bottleneck").startswith("lean.adapter.type = 'bottleneck': not with train.fsdp")
+    assert refused("lora+int8").startswith("lean.quantize: not with")
+    assert refused("lora", gradient_checkpointing=True).startswith("train.gradient_checkpointing: not")
+    assert refused("lora", fsdp="full_shard").startswith("train.fsdp = 'full_shard': accepted is true")
+    assert "with version 2" in refused("lora", fsdp_config={"version": 1})
+    assert "accepted are" in refused("lora", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
+    assert not (tmp_path / "run").exists()
+
+
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
-def test_the_command(base: Path, rows: Path, tmp_path: Path) -> None:
-    """`leantune train RECIPE --processes 2`: one report, exit code 0; a mistake is one line and code 2."""
-    file = tmp_path / "recipe.yaml"
-    made = recipe(base, rows, tmp_path / "run", still("lamda"), train={"batch_size": 4, "steps": 2})
+def command(made: Any, file: Path) -> subprocess.CompletedProcess[str]:
+    """`leantune train RECIPE --processes 2`, as a person types it."""
     file.write_text(json.dumps(made.to_dict()))
-    command = [sys.executable, "-m", "leantune.cli", "train", str(file), "--processes", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    typed = [sys.executable, "-m", "leantune.cli", "train", str(file), "--processes", "2"]
+    return subprocess.run(typed, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command(base: Path, rows: Path, tmp_path: Path) -> None:
+    """One report, exit code 0."""
+    made = recipe(base, rows, tmp_path / "run", still("lamda"), train={"batch_size": 4, "steps": 2})
+    done = command(made, tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("forecast: ") == done.stdout.count("Run folder: ") == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 2
-    lines = [line for line in again.stderr.splitlines() if line.startswith("leantune: ")]
-    assert len(lines) == 1 and "holds a run already" in lines[0]
-    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(base: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    done = command(recipe(base, rows, tmp_path / "run", still("lamda")), tmp_path / "recipe.yaml")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("leantune: ")]
+    assert len(lines) == 1 and lines[0].endswith("the folder is not empty and holds no run")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

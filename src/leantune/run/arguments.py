@@ -58,8 +58,11 @@ def training_arguments(
         own |= {"max_steps": max_steps}
     if max_steps is not None or not has_validation:
         own |= {"eval_strategy": "no"}
+    values = current_names(defaults) | translate(recipe.train) | own
+    if processes.count() == 1:  # a run that was shared out is evaluated in one process
+        values = {key: value for key, value in values.items() if key not in ("fsdp", "fsdp_config")}
     try:
-        arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
+        arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
     if arguments.n_gpu > 1:

@@ -24,6 +24,8 @@ class FiniteTrainer(FittingTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once before each optimizer step: the last moment at which the weights are still good."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # of sharded gradients
         seen = torch.stack(self._losses).sum().detach()
         if self.accelerator.scaler is None:  # else an overflow is ordinary, and the scaler skips the step
             seen = seen + torch.as_tensor(norm, device=seen.device)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from leantune.errors import RunError, UserError, first_line
@@ -40,6 +40,7 @@ from leantune.run.models import head_modules, load_base, new_modules, quiet_tran
 from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.quantization import check_installed, weight_bytes
+from leantune.run.sharding import whole_weights
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing
@@ -206,7 +207,8 @@ def _forecast(recipe: Recipe, prepared: _Prepared) -> RunForecast:
     packed = recipe.model.task == "causal-lm" and recipe.data.pack
     evaluates = "validation" in prepared.encoded
     cuda = torch.cuda.is_available()
-    sharing = Sharing(processes.count(), "ddp")
+    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
+    sharing = Sharing(processes.count(), "fsdp" if sharded else "ddp")
     return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda, sharing)
 
 
@@ -349,7 +351,8 @@ def _fit(
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
     }
-    processes.from_main(lambda: _save(folder, prepared, trainer))
+    whole = whole_weights(trainer)
+    processes.from_main(lambda: _save(folder, prepared, trainer, whole))
     return facts
 
 
@@ -396,11 +399,13 @@ def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
         most = math.ceil(most / 2)
 
 
-def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:
+def _save(
+    folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer, whole: dict[str, Tensor] | None
+) -> None:
     """The trained weights, with the config (label names) and tokenizer that make them usable."""
     full = not lean.is_adapted(prepared.model)
     with whole_folder(folder.model if full else folder.adapter) as place, quiet_transformers():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place, state_dict=whole)
         prepared.config.save_pretrained(place)
         prepared.tokenizer.save_pretrained(place)
 

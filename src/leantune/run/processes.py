@@ -94,7 +94,7 @@ def leave() -> None:
     dist.barrier()
     AcceleratorState._reset_state(reset_partial_state=True)
     dist.destroy_process_group()
-    for name in _LAUNCHERS_OWN:
+    for name in (*_LAUNCHERS_OWN, "ACCELERATE_USE_FSDP"):  # accelerate sets the last for itself
         os.environ.pop(name, None)
 
 

@@ -25,6 +25,7 @@ from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkp
 from leantune.run.dealing import EpochSampler
 from leantune.run.facts import versions
 from leantune.run.finite import FiniteTrainer
+from leantune.run.sharding import shard_by_layers, shard_on_cpu
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 
@@ -49,6 +50,13 @@ class LeanTrainer(FiniteTrainer):
     def __init__(self, *args: Any, train_collator: DataCollator | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; on CPUs, where accelerate would silently take DDP instead of FSDP2, it is told."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """With the collator for training."""
@@ -202,6 +210,8 @@ def build_trainer(
         # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose
         # loss is a mean over rows do not: micro-batches would add up instead of being averaged.
         trainer.model_accepts_loss_kwargs = False
+    if trainer.is_fsdp_enabled:
+        shard_by_layers(trainer)
     for loud in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(loud)
     return trainer

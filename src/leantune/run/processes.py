@@ -71,16 +71,24 @@ def join() -> None:
 
     Raises:
         UserError: The launcher started something else than what it was asked for.
+        RunError: The others are not to be found.
     """
     world = started_with()
     if world == 1:
         _check_not_alone()
         return
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE = {world}, but no RANK or LOCAL_RANK: start with --processes, or torchrun"
+        )
     _check_launcher()
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # made before, it would not look again
-    PartialState(cpu=not torch.cuda.is_available())
+    try:
+        PartialState(cpu=not torch.cuda.is_available())
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"the {world} processes do not come together: {first_line(error)}") from error
     if count() != world:
         raise shared(UserError(f"a launcher was asked for {world} processes, but {count()} came together"))
 

@@ -386,7 +386,8 @@ def test_what_launchers_do_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(UserError, match="asked for several processes and has started one"):
         processes.join()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     for name, option in (("FSDP", "--use_fsdp: write train.fsdp"), ("DEEPSPEED", "--use_deepspeed: ")):
         with monkeypatch.context() as patched:
             patched.setenv(f"ACCELERATE_USE_{name}", "true")

@@ -2,6 +2,7 @@
 
 python scripts/capabilities.py                     all cells (ten minutes on two cores)
 python scripts/capabilities.py --only lora llama   cells of the named methods, architectures; others stay
+python scripts/capabilities.py --abilities ddp     these columns alone; others stay
 """
 
 from __future__ import annotations
@@ -26,29 +27,45 @@ def main() -> None:
     from rich.progress import Progress
 
     from leantune.run.facts import versions
-    from tests.capabilities.cells import ABILITIES, FAMILIES
+    from tests.capabilities.cells import ABILITIES, FAMILIES, abilities_on
     from tests.run.support import SETTINGS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="methods or architectures")
-    only = set(parser.parse_args().only)
+    parser.add_argument("--abilities", nargs="*", choices=list(ABILITIES), help="columns")
+    arguments = parser.parse_args()
+    only = set(arguments.only)
     before = json.loads(FILE.read_text())["cells"] if FILE.is_file() else {}
     architectures = [f"{family} {task}" for family, task in FAMILIES]
     cells = {
         method: {name: before.get(method, {}).get(name, {}) for name in architectures} for method in SETTINGS
     }
+    columns = {
+        (family, task): [
+            name
+            for name in abilities_on(family, task)
+            if arguments.abilities is None or name in arguments.abilities
+        ]
+        for family, task in FAMILIES
+    }
     wanted = [
-        (method, family, task)
+        (method, family, task, columns[family, task])
         for family, task in FAMILIES
         for method in SETTINGS
-        if not only
-        or (method in only or not only & set(SETTINGS))
-        and (family in only or not only - set(SETTINGS))
+        if columns[family, task]
+        and (
+            not only
+            or (method in only or not only & set(SETTINGS))
+            and (family in only or not only - set(SETTINGS))
+        )
     ]
     with ProcessPoolExecutor() as pool, Progress() as progress:
         found = pool.map(_examine, wanted)
-        for (method, family, task), cell in zip(wanted, progress.track(found, len(wanted)), strict=True):
-            cells[method][f"{family} {task}"] = cell
+        for (method, family, task, _), cell in zip(wanted, progress.track(found, len(wanted)), strict=True):
+            known = cells[method][f"{family} {task}"] | cell
+            cells[method][f"{family} {task}"] = {
+                name: known[name] for name in abilities_on(family, task) if name in known
+            }
             result = {
                 "command": "python scripts/capabilities.py",
                 "versions": versions(),
@@ -59,7 +76,7 @@ def main() -> None:
             FILE.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _examine(cell: tuple[str, str, str]) -> dict[str, bool | str]:
+def _examine(cell: tuple[str, str, str, list[str]]) -> dict[str, bool | str]:
     """One cell, in a process of its own."""
     import torch
 
@@ -68,7 +85,8 @@ def _examine(cell: tuple[str, str, str]) -> dict[str, bool | str]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as place:
-        return examine(*cell, Path(place) / "cell")
+        method, family, task, abilities = cell
+        return examine(method, family, task, Path(place) / "cell", abilities)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -35,15 +36,20 @@ def main() -> None:
     """Entry point: mistakes become one clear line and exit code 2, failed runs 1, a stop 130 or 143."""
     try:
         app()
-    except UserError as error:
-        _complain(str(error))
-        sys.exit(2)
-    except RunError as error:
-        _complain(str(error))
-        sys.exit(1)
+    except (UserError, RunError) as error:
+        _complain_once(error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _complain("stopped")
         sys.exit(130)
+
+
+def _complain_once(error: Exception) -> None:
+    """Of several processes, the main one tells what all know; the others then end as if nothing were."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and getattr(error, "shared", False):
+        sys.exit(0)  # an exit code above 0 would make the launcher stop the main one before it has spoken
+    _complain(str(error) if rank == "0" else f"process {rank}: {error}")
 
 
 def _complain(text: str) -> None:
@@ -70,9 +76,12 @@ def _quiet(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         import logging
-        import os
         import warnings
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command.__name__ != "train":
+            error = UserError(f"leantune {command.__name__} runs in one process: start it without a launcher")
+            error.shared = True  # type: ignore[attr-defined]
+            raise error
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         warnings.filterwarnings("ignore")
         for name in _TALKATIVE:
@@ -95,11 +104,21 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", metavar="N", help="Train in N processes, on a GPU each if there are any."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune; writes the run folder."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if _starts_others(processes):
+        from leantune.run.launching import launch
+
+        sys.exit(launch(processes or 1, sys.argv[1:]))
     from leantune.recipes import Recipe
 
     loaded = Recipe.load(recipe, *(overrides or []))
@@ -111,12 +130,26 @@ def train(
     try:
         run = run_recipe(loaded, resume=resume, overwrite=overwrite, console=Console(stderr=as_json))
     except Interrupted as stopped:
-        _complain(str(stopped))
+        _complain_once(stopped)
         sys.exit(143 if stopped.signal_number == signal.SIGTERM else 130)
+    if not run.metrics:
+        return  # one of several processes; the main one shows it
     if as_json:
         _print_json(run.metrics)
     else:
         _show_run(run.folder, run.metrics, loaded.model.task)
+
+
+def _starts_others(processes: int | None) -> bool:
+    """Whether this command is to start the processes, and is none of them."""
+    if processes is None:
+        return False
+    if processes < 1:
+        raise UserError(f"--processes = {processes}: must be a whole number of at least 1")
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None and int(world) != processes:
+        raise UserError(f"--processes = {processes}: the launcher has started {world}")
+    return world is None and processes > 1
 
 
 def _show_run(folder: Path, metrics: dict[str, Any], task: str) -> None:

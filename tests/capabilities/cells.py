@@ -29,6 +29,7 @@ from leantune.run.folder import RunFolder
 from tests.conftest import make_tokenizer, requests, write_jsonl
 from tests.run.support import SETTINGS, quiet, recipe
 from tests.tiny_models import tiny
+from tests.together import together
 
 # Architecture, task; the first three shapes stand for encoder, decoder and both.
 FAMILIES: tuple[tuple[str, str], ...] = (
@@ -169,6 +170,40 @@ def _quantised(cell: Cell) -> None:
     assert leantune.evaluate(run.folder) == run.metrics["evaluation"]
 
 
+def _in_team(made: Recipe) -> dict[str, Any]:
+    return leantune.train(made, console=quiet()).metrics
+
+
+def _ddp(cell: Cell) -> None:
+    """Two processes (gloo, DDP) with half the batch each train, and what they saved opens again."""
+    made = cell.recipe("ddp", batch_size=4)
+    metrics, nothing = together(2, _in_team, made)
+    assert metrics["processes"] == 2 and not nothing
+    assert all(math.isfinite(value) for value in metrics["evaluation"]["test"].values())
+    assert leantune.evaluate(made.output) == metrics["evaluation"]
+
+
+def _fsdp(cell: Cell) -> None:
+    """The same with FSDP2: the parameters are pieces while they are trained."""
+    made = cell.recipe("fsdp", batch_size=4, fsdp=True)
+    (metrics, sharded), _ = together(2, _in_sharded_team, made)
+    assert metrics["processes"] == 2 and sharded
+    assert leantune.evaluate(made.output) == metrics["evaluation"]
+
+
+class _Sharded(TrainerCallback):
+    found = False
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.found = all(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def _in_sharded_team(made: Recipe) -> tuple[dict[str, Any], bool]:
+    needed, look = lean.callbacks, _Sharded()
+    lean.callbacks = lambda recipe: [look, *needed(recipe)]
+    return _in_team(made), look.found
+
+
 def _export(kind: str) -> Callable[[Cell], None]:
     def export(cell: Cell) -> None:
         leantune.export(cell.whole, kind, cell.place / kind)
@@ -183,15 +218,24 @@ ABILITIES: dict[str, Callable[[Cell], None]] = {
     "bf16": _bf16,
     "checkpointing": _checkpointing,
     "accumulation": _accumulation,
+    "ddp": _ddp,
+    "fsdp": _fsdp,
     "quantised": _quantised,
     "export lora": _export("lora"),
     "export merged": _export("merged"),
     "export pruned": _export("pruned"),
 }
+# Abilities that are tried on some architectures alone; the table says so.
+TRIED_ON: dict[str, tuple[tuple[str, str], ...]] = {"ddp": FAMILIES[1:2], "fsdp": FAMILIES[1:2]}
+
+
+def abilities_on(family: str, task: str) -> tuple[str, ...]:
+    """What is tried on an architecture, in the table's order."""
+    return tuple(name for name in ABILITIES if (family, task) in TRIED_ON.get(name, FAMILIES))
 
 
 def examine(
-    method: str, family: str, task: str, place: Path, abilities: Sequence[str] = tuple(ABILITIES)
+    method: str, family: str, task: str, place: Path, abilities: Sequence[str] | None = None
 ) -> dict[str, bool | str]:
     """Try abilities in turn.
 
@@ -200,13 +244,13 @@ def examine(
         family: Architecture, as in tests/tiny_models.
         task: Of the recipe.
         place: A folder that is not there yet.
-        abilities: Which; default: all.
+        abilities: Which; default: all that are tried there.
 
     Returns:
         Ability → True, or the line that refuses it. Anything else that goes wrong is raised.
     """
     cell, found = build(method, family, task, place), dict[str, bool | str]()
-    for ability in abilities:
+    for ability in abilities_on(family, task) if abilities is None else abilities:
         try:
             ABILITIES[ability](cell)
             found[ability] = True

@@ -83,7 +83,7 @@ def test_overrides_reach_any_depth(recipe_file: Path) -> None:
         ("lean.tokens={keep: 1.5}", "lean.tokens.keep = 1.5: must be"),
         ("train.num_train_epochs=3", "train.num_train_epochs: write train.epochs instead"),
         ("train.output_dir=x", "train.output_dir: not to be set here"),
-        ("train.fsdp=full_shard", "train.fsdp: not to be set here, not in this release"),
+        ("train.deepspeed=ds.json", "train.deepspeed: not to be set here, not in this release"),
         ("train.weight_decai=0.1", "train.weight_decai: unknown key; did you mean weight_decay?"),
         ("output=null", "output = None: must be text"),
         ("model.path.deep=x", "model.path.deep: model.path is 'bundled:minilm', not a group of keys"),

@@ -9,7 +9,13 @@ from peft.utils import register_peft_method
 
 from leantune.lamda.config import LamdaConfig
 from leantune.lamda.export import lamda_to_lora, save_as_lora
-from leantune.lamda.freezing import LamdaFreezing, freeze_columns, frozen_columns, frozen_share
+from leantune.lamda.freezing import (
+    LamdaFreezing,
+    freeze_columns,
+    frozen_columns,
+    frozen_in_place,
+    frozen_share,
+)
 from leantune.lamda.model import LamdaModel
 from leantune.lamda.prepare import prepare_lamda, unprepared_adapters
 from leantune.lamda.ranks import SpectralRanks
@@ -24,6 +30,7 @@ __all__ = [
     "SpectralRanks",
     "freeze_columns",
     "frozen_columns",
+    "frozen_in_place",
     "frozen_share",
     "lamda_to_lora",
     "prepare_lamda",

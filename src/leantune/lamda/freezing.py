@@ -92,6 +92,14 @@ def frozen_share(model: nn.Module) -> float | None:
     return frozen / columns if columns else None
 
 
+def frozen_in_place(model: nn.Module) -> int:
+    """Frozen numbers of B that are still in its parameter, because processes share it."""
+    return sum(
+        layer.held[adapter_name] * layer.lamda_B[adapter_name].shape[0]
+        for layer, adapter_name in _trained(model)
+    )
+
+
 class LamdaFreezing(TrainerCallback, ExportableState):
     """Freezes the columns of B on schedule in any Trainer: `Trainer(..., callbacks=[LamdaFreezing()])`.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
@@ -94,6 +95,15 @@ class Estimation:
         measuring = any(part.active for part in (self._modules, self._ranks) if part is not None)
         self.begin_step(measure=False)
         return measuring
+
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Forward passes in here do not count for the importance of modules; the step goes on as ever."""
+        if self._modules is None:
+            yield
+            return
+        with self._modules.unmeasured():
+            yield
 
     def skip_step(self) -> None:
         """Drop what the step's passes have left; the `step` that follows does nothing."""

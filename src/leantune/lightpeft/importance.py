@@ -5,6 +5,8 @@ Running sums stay on the device; what leaves a layer is a handful of numbers, ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -71,6 +73,15 @@ class ModuleImportance:
             self._sums += sum_over_processes(self._step)
             self._step.zero_()
         self._frozen = None
+
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """What passes in here measure is dropped."""
+        before = self._step.clone()
+        try:
+            yield
+        finally:
+            self._step.copy_(before)
 
     def forget_step(self) -> None:
         """Drop what was measured since the last step."""

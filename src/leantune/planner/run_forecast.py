@@ -15,6 +15,7 @@ from leantune.errors import UserError
 from leantune.planner.closed import estimate
 from leantune.planner.forecast import Figures
 from leantune.planner.setting import Setting
+from leantune.planner.sharing import Sharing
 from leantune.recipes import Recipe
 from leantune.report.formats import format_bytes
 from leantune.run.models import quiet_transformers
@@ -36,7 +37,13 @@ class RunForecast:
 
 
 def forecast_run(
-    recipe: Recipe, config: PretrainedConfig, train: Dataset, evaluates: bool, packed: bool, cuda: bool
+    recipe: Recipe,
+    config: PretrainedConfig,
+    train: Dataset,
+    evaluates: bool,
+    packed: bool,
+    cuda: bool,
+    sharing: Sharing = Sharing(),  # noqa: B008 - frozen
 ) -> RunForecast:
     """Forecast a run whose data are read already. Never stands in its way.
 
@@ -47,6 +54,7 @@ def forecast_run(
         evaluates: Whether there is a validation split.
         packed: Whether all rows have the same length.
         cuda: Whether it runs on a GPU.
+        sharing: How many processes there are; the forecast is of each.
     """
     setting = Setting(
         recipe,
@@ -56,6 +64,7 @@ def forecast_run(
         padded=not packed,
         device="cuda" if cuda else "cpu",
         evaluates=evaluates,
+        sharing=sharing,
     )
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -64,7 +73,7 @@ def forecast_run(
     except UserError as error:
         return RunForecast(f"no forecast of memory: {str(error).splitlines()[0]}", None)
     peak = max(figures.peak, figures.evaluation_peak, figures.saving_peak)
-    line = _line(figures, first, peak)
+    line = _line(figures, first, peak) + (" in each process" if sharing.gpus > 1 else "")
     if cuda and peak > (total := torch.cuda.get_device_properties(0).total_memory):
         line += f"; more than the GPU's {format_bytes(total)}: `leantune plan` says what would fit"
     return RunForecast(line, peak)

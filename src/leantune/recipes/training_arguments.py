@@ -39,8 +39,6 @@ OWN_FIELDS = {
     (
         "load_best_model_at_end",
         "auto_find_batch_size",
-        "fsdp",
-        "fsdp_config",
         "deepspeed",
         "parallelism_config",
     ),

@@ -48,8 +48,8 @@ class Capabilities:
         return cls(tuple(data["abilities"]), tuple(data["architectures"]), data["cells"])
 
     def mark(self, method: str, ability: str) -> str:
-        """✓ on every architecture, – on none, else on how many."""
-        found = [cell.get(ability) is True for cell in self.cells[method].values()]
+        """✓ on every architecture where it was tried, – on none, else on how many."""
+        found = [cell[ability] is True for cell in self.cells[method].values() if ability in cell]
         if all(found) or not any(found):
             return YES if found and all(found) else NO
         return f"{sum(found)} of {len(found)}"
@@ -81,8 +81,17 @@ def capability_table(capabilities: Capabilities) -> Table:
 
 
 def tried_on(capabilities: Capabilities) -> str:
-    """The architectures, in one line."""
-    return "tried on " + ", ".join(capabilities.architectures)
+    """The architectures, in one line, and what was tried on some of them alone."""
+    line = "tried on " + ", ".join(capabilities.architectures)
+    for ability in capabilities.abilities:
+        places = [
+            name
+            for name in capabilities.architectures
+            if any(ability in cells[name] for cells in capabilities.cells.values())
+        ]
+        if len(places) < len(capabilities.architectures):
+            line += f"; {ability} on {', '.join(places)}"
+    return line
 
 
 def methods_markdown(methods: Sequence[Method]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
+from leantune.run import processes
 
 KEPT_CHECKPOINTS = 2
 
@@ -35,6 +37,7 @@ def training_arguments(
         "save_total_limit": KEPT_CHECKPOINTS,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
+        "data_seed": recipe.train.seed,
         "train_sampling_strategy": "group_by_length",  # rows of like length together: less padding
     }
     own: dict[str, Any] = {
@@ -46,17 +49,36 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,
         "include_num_input_tokens_seen": "non_padding",
     }
+    if processes.count() > 1:
+        _check_together(recipe.train.model_extra or {})
+        own |= (
+            {} if torch.cuda.is_available() else {"use_cpu": True}
+        )  # else the Trainer would see one process
     if max_steps is not None:
         own |= {"max_steps": max_steps}
     if max_steps is not None or not has_validation:
         own |= {"eval_strategy": "no"}
+    values = current_names(defaults) | translate(recipe.train) | own
+    if processes.count() == 1:  # a run that was shared out is evaluated in one process
+        values = {key: value for key, value in values.items() if key not in ("fsdp", "fsdp_config")}
     try:
-        arguments = TrainingArguments(**(current_names(defaults) | translate(recipe.train) | own))
+        arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would use DataParallel, which copies the model in every step
     return arguments
+
+
+def _check_together(settings: dict[str, Any]) -> None:
+    """Several processes share a step's rows and its loss in one way; these keys would have another."""
+    for key, fine in (
+        ("average_tokens_across_devices", (True,)),
+        ("train_sampling_strategy", ("group_by_length", "random", "sequential")),
+        ("accelerator_config", (None,)),
+    ):
+        if key in settings and settings[key] not in fine:
+            raise UserError(f"train.{key} = {settings[key]!r}: not with several processes")
 
 
 def _which_key(recipe: Recipe, reason: str) -> str:

@@ -20,7 +20,7 @@ _NAME = re.compile(r"^checkpoint-([0-9]{1,18})$")
 _LARGEST_MANIFEST = 1 << 24
 
 
-def seal(written: Path, place: Path, step: int, versions: dict[str, str]) -> None:
+def seal(written: Path, place: Path, step: int, versions: dict[str, str], processes: int = 1) -> None:
     """Make `written` a complete checkpoint and move it to `place`.
 
     Args:
@@ -28,13 +28,15 @@ def seal(written: Path, place: Path, step: int, versions: dict[str, str]) -> Non
         place: Its name from now on.
         step: Optimizer steps done.
         versions: Of the packages that wrote it.
+        processes: That train together; each has written its own random numbers' state.
     """
     files = {
         str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(written.rglob("*"))
         if file.is_file()
     }
-    write_json(written / MANIFEST, {"step": step, "versions": versions, "files": files})
+    facts = {"step": step, "versions": versions, "processes": processes, "files": files}
+    write_json(written / MANIFEST, facts)
     flush(written)
     take_place(written, place)
 
@@ -59,6 +61,16 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, skipped
         skipped.append(f"{checkpoint.name} skipped: {reason}")
     return None, skipped
+
+
+def processes_of(folder: Path) -> int | None:
+    """How many processes wrote the folder's newest checkpoint; None if there is none that says it."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            return int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("processes", 1))
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError):
+            continue  # a damaged one is passed over later, and said so
+    return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

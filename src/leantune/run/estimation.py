@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from leantune.lightpeft import PruningPlan
 from leantune.recipes import Recipe
-from leantune.run import lean
+from leantune.run import lean, processes
 from leantune.run.folder import RunFolder, whole_folder
 from leantune.run.loading import attach_saved, base_for_run
 from leantune.run.models import quiet_transformers
@@ -35,12 +35,12 @@ def estimation_steps(recipe: Recipe, rows: int) -> int:
 
 
 def training_steps(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps that `train` asks for on so many rows, as the Trainer counts them in one process."""
+    """Optimizer steps that `train` asks for on so many rows, as the Trainer counts them."""
     train = recipe.train
     if train.steps is not None:
         return train.steps
     accumulation = int((train.model_extra or {}).get("gradient_accumulation_steps", 1))
-    batches = math.ceil(rows / train.batch_size)
+    batches = math.ceil(rows / (train.batch_size * processes.count()))
     an_epoch = max(batches // accumulation + int(batches % accumulation > 0), 1)
     return math.ceil(train.epochs * an_epoch)
 

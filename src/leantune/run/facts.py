@@ -62,7 +62,8 @@ def collect_metrics(
         recipe: The run's.
         folder: The run's, with its weights and log.
         evaluation: Split → metric → value.
-        facts: What training measured: parameter counts, saved bytes, peak, tokens, steps, what was removed.
+        facts: What training measured: parameter counts, saved bytes, peak, tokens, steps, what was removed,
+            how many processes (bytes are of the first).
     """
     seconds = _step_seconds(folder)
     spent, estimated = sum(seconds), sum(_step_seconds(folder, STAGE))
@@ -73,6 +74,7 @@ def collect_metrics(
         "seed": recipe.train.seed,
         "versions": versions(recipe.lean.quantize),
         "hardware": hardware(),
+        "processes": facts.get("processes", 1),
         "parameters": {
             "total": counts["total"],
             "trainable_start": counts["trainable"],

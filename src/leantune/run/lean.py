@@ -25,6 +25,7 @@ from leantune.lamda import (
     LamdaConfig,
     LamdaFreezing,
     SpectralRanks,
+    frozen_in_place,
     frozen_share,
     prepare_lamda,
     unprepared_adapters,
@@ -42,6 +43,7 @@ from leantune.lightpeft import (
     shrink,
 )
 from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
+from leantune.run import processes
 from leantune.run.models import head_modules, new_modules
 from leantune.tokentune import (
     CHOOSE_AHEAD,
@@ -55,6 +57,9 @@ from leantune.tokentune import (
     token_state,
     token_tune,
 )
+
+# Of `train.fsdp_config`. Not state_dict_type: sharded checkpoints come with a pickle.
+FSDP_KEYS = {"version", "reshard_after_forward", "transformer_layer_cls_to_wrap"}
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -99,6 +104,48 @@ ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback]
     "lora": (_lora, (AdaLoraBudget,)),
     "bottleneck": (_bottleneck, ()),
 }
+
+
+def check_together(recipe: Recipe) -> None:
+    """What several processes cannot train, or cannot share out (FSDP2).
+
+    Raises:
+        UserError: The recipe asks for it.
+    """
+    settings = recipe.train.model_extra or {}
+    if settings.get("fsdp") or settings.get("fsdp_config") is not None:
+        _check_sharded(recipe, settings)
+    if processes.count() > 1 and recipe.lean.quantize == "int8-torchao":
+        raise UserError(
+            "lean.quantize = 'int8-torchao': torchao's weights cannot be sent between processes; with "
+            "several, take int8 (bitsandbytes), or train in one"
+        )
+
+
+def _check_sharded(recipe: Recipe, settings: dict[str, Any]) -> None:
+    """Refuse what FSDP2 was not seen to train as one process does."""
+    config, lean = settings.get("fsdp_config") or {}, recipe.lean
+    if settings.get("fsdp") is not True:
+        raise UserError(
+            f"train.fsdp = {settings.get('fsdp')!r}: accepted is true (its settings: fsdp_config)"
+        )
+    if processes.count() == 1:
+        raise UserError("train.fsdp: shares the model out over several processes: start with --processes N")
+    if not isinstance(config, dict) or not config.keys() <= FSDP_KEYS or config.get("version", 2) != 2:
+        accepted = ", ".join(sorted(FSDP_KEYS))
+        raise UserError(f"train.fsdp_config = {config!r}: accepted are {accepted}, with version 2")
+    for what, present in (
+        ("lean.prune", lean.prune is not None),
+        ("lean.tokens", lean.tokens is not None),
+        ("lean.quantize", lean.quantize is not None),
+        (f"lean.adapter.type = {lean.adapter.type!r}", lean.adapter.type not in ("none", "lora", "lamda")),
+        ("train.gradient_checkpointing", bool(settings.get("gradient_checkpointing"))),
+    ):
+        if present:
+            raise UserError(
+                f"{what}: not with train.fsdp, which is for full fine-tuning, lora and lamda; without it "
+                "every process holds the whole model"
+            )
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
@@ -177,7 +224,8 @@ def attach_tokens(model: nn.Module, recipe: Recipe, verify: bool = True) -> nn.M
 def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_tokens: bool) -> Collator:
     """The collator for training: it chooses tokens where they must be known before the first forward.
 
-    Losses that are divided by the tokens of all micro-batches need the choice when those are counted.
+    Losses that are divided by the tokens of all micro-batches and processes need the choice when those are
+    counted.
 
     Args:
         model: With the recipe's methods attached.
@@ -189,14 +237,15 @@ def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_
         UserError: Batches are made in other processes, which cannot know the choice.
     """
     tokens, settings = recipe.lean.tokens, recipe.train.model_extra or {}
-    if tokens is None or not counts_tokens or settings.get("gradient_accumulation_steps", 1) == 1:
+    together = settings.get("gradient_accumulation_steps", 1) * processes.count()
+    if tokens is None or not counts_tokens or together == 1:
         return collator
     if tokens.strategy not in CHOOSE_AHEAD:
         return collator  # their scores come from the forward itself: a mean of means, as the card says
     if settings.get("dataloader_num_workers"):
         raise UserError(
-            "lean.tokens with train.gradient_accumulation_steps needs batches made in the training process: "
-            "leave train.dataloader_num_workers out"
+            "lean.tokens with train.gradient_accumulation_steps or several processes needs batches made in "
+            "the training process: leave train.dataloader_num_workers out"
         )
     return ChoosingCollator(model, collator)
 
@@ -292,6 +341,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             estimation.begin_step(measuring)
 
 
+@contextmanager
+def unmeasured(model: nn.Module) -> Iterator[None]:
+    """Training passes in here count for nothing that is measured: rows that another process has, too."""
+    estimation = estimation_of(model)
+    if estimation is None:
+        yield
+        return
+    with estimation.unmeasured():
+        yield
+
+
 def forget_step(model: nn.Module, state: dict[str, int] | None) -> None:
     """The passes of the step in progress have not been; `state` is what `tokens_now` said before them."""
     estimation = estimation_of(model)
@@ -362,6 +422,11 @@ def _linear(module: nn.Module) -> bool:
 def is_adapted(model: nn.Module) -> bool:
     """Whether an adapter is attached (no: the model itself is trained)."""
     return isinstance(model, PeftModel)
+
+
+def held_weights(model: nn.Module) -> int:
+    """Numbers in trained parameters that are frozen all the same (LaMDA's B in several processes)."""
+    return frozen_in_place(model)
 
 
 def progress_facts(model: nn.Module) -> dict[str, float]:

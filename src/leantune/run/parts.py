@@ -53,15 +53,16 @@ def parts_of(batch: Batch, most: int) -> Iterator[tuple[int, Batch]]:
     count = math.ceil(rows / most)
     edges = [rows * number // count for number in range(count + 1)]
     for start, stop in zip(edges, edges[1:], strict=False):
-        yield (
-            start,
-            {
-                key: value[start:stop]
-                if isinstance(value, Tensor) and value.dim() and len(value) == rows
-                else value
-                for key, value in batch.items()
-            },
-        )
+        yield start, rows_between(batch, start, stop)
+
+
+def rows_between(batch: Batch, start: int, stop: int) -> Batch:
+    """Some of a batch's rows; not copied."""
+    rows = rows_in(batch)
+    return {
+        key: value[start:stop] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+        for key, value in batch.items()
+    }
 
 
 def release() -> None:

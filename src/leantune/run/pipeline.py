@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import random
 import shlex
 from collections.abc import Iterator
@@ -20,17 +19,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from torch import nn
-from transformers import set_seed
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
 
 from leantune.errors import RunError, UserError, first_line
 from leantune.measure import PeakMemory, resident_bytes, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.report import write_report
-from leantune.run import lean
+from leantune.run import lean, processes
 from leantune.run.arguments import training_arguments
 from leantune.run.callbacks import ProgressBar, RunLog
-from leantune.run.checkpoints import newest_complete, sweep
+from leantune.run.checkpoints import newest_complete, processes_of, sweep
 from leantune.run.estimation import STAGE, estimation_steps, pruned_model, removed_fractions, write_plan
 from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics, count_parameters
@@ -41,6 +40,7 @@ from leantune.run.models import head_modules, load_base, new_modules, quiet_tran
 from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.quantization import check_installed, weight_bytes
+from leantune.run.sharding import whole_weights
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 SAMPLED_PREDICTIONS = 12
 LISTED = 5  # new modules that are told by name
+_APART = 7919  # between the seeds of two processes
 _LOWER = "a smaller model, model.dtype: bfloat16 or fewer trained parameters would need less"
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
@@ -60,6 +61,9 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.signal_number)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def train(
 
     Returns:
         The finished run, with what `metrics.json` holds. Every metric is of the weights as they lie on disk,
-        loaded again.
+        loaded again. With several processes the first has them, the others' are empty; all are on their own
+        again (`torch.distributed` is left).
 
     Raises:
         UserError: Recipe, data or folder do not allow it; nothing was written then.
@@ -103,15 +108,24 @@ def train(
     stop = StopOnSignal(waits=False)
     try:
         with stop.listening():
-            return _train(recipe, resume, overwrite, console or Console(stderr=True), stop)
+            processes.join()
+            main = processes.is_main()
+            console = (console or Console(stderr=True)) if main else Console(quiet=True)
+            return _train(recipe, resume, overwrite, console, stop)
     except Stopped as stopped:
         begun = RunFolder(recipe.output).recipe_file.is_file()
-        raise Interrupted(
-            f"stopped; {_go_on(recipe)}" if begun else "stopped; nothing was written", stopped.signal_number
+        raise processes.shared(
+            Interrupted(
+                f"stopped; {_go_on(recipe)}" if begun else "stopped; nothing was written",
+                stopped.signal_number,
+            )
         ) from None
     except (UserError, RunError, Interrupted):
         raise
     except Exception as error:
+        if processes.is_lost(error):
+            lost = f"another of the {processes.count()} processes has ended"
+            raise RunError(f"{lost}; {_go_on(recipe)}") from error
         if is_out_of_memory(error):
             raise RunError(f"{recipe.output}: out of memory: {first_line(error)}; {_LOWER}") from error
         if not isinstance(error, OSError) or error.errno not in _DISK_TROUBLE:
@@ -122,33 +136,52 @@ def train(
 
 
 def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop: StopOnSignal) -> Run:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("leantune train runs in one process in this release; start it without a launcher")
     folder = RunFolder(recipe.output)
-    folder.check_free(recipe, resume, overwrite)
-    finished = folder.metrics() if resume else None
+    finished = processes.from_main(lambda: _look(folder, recipe, resume, overwrite))
     if finished is not None:
         console.print(f"{folder.path}: this run is finished already")
         return Run(folder.path, recipe, finished)
-    prepared = _prepare(recipe, console)
-    forecast = _forecast(recipe, prepared)
+    with processes.together():
+        prepared = _prepare(recipe, console)
+        forecast = _forecast(recipe, prepared)
     console.print(forecast.line, highlight=False)
-    folder.begin(recipe, overwrite)
+    processes.from_main(lambda: folder.begin(recipe, overwrite))
     if recipe.lean.prune is not None:
         if not (resume and folder.plan_file.is_file()):
             _estimate(recipe, folder, prepared, resume, console, stop)
         prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
         set_seed(recipe.train.seed)
-        prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
+        with processes.together():
+            prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)
     facts = _fit(recipe, folder, prepared, resume, console, stop)
     facts |= {"forecast": forecast.peak_bytes, "before": prepared.bytes_before}
+    facts["processes"] = processes.count()
+    main = processes.is_main()
+    processes.leave()
+    if not main:
+        return Run(folder.path, recipe, {})
     splits, prepared.model = prepared.splits, nn.Identity()  # let the trained model go before loading it anew
     metrics = _finish(recipe, folder, splits, facts, console)
     return Run(folder.path, recipe, metrics)
 
 
+def _look(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Whether a run may start here; the metrics, if it is finished. Changes nothing."""
+    folder.check_free(recipe, resume, overwrite)
+    if not resume:
+        return None
+    wrote = processes_of(folder.checkpoints) or processes_of(folder.estimation) or processes.count()
+    if (finished := folder.metrics()) is None and wrote != processes.count():
+        raise UserError(
+            f"output = {str(folder.path)!r}: the run was begun in {wrote} process(es), whose batches "
+            f"{processes.count()} would not have; go on with --processes {wrote}"
+        )
+    return finished
+
+
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
+    lean.check_together(recipe)
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
     with console.status("reading data and model"):
@@ -169,11 +202,14 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
 def _forecast(recipe: Recipe, prepared: _Prepared) -> RunForecast:
     """What the run is going to take, by the closed form."""
     from leantune.planner.run_forecast import forecast_run  # which imports from here
+    from leantune.planner.sharing import Sharing
 
     packed = recipe.model.task == "causal-lm" and recipe.data.pack
     evaluates = "validation" in prepared.encoded
     cuda = torch.cuda.is_available()
-    return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda)
+    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
+    sharing = Sharing(processes.count(), "fsdp" if sharded else "ddp")
+    return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda, sharing)
 
 
 def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:
@@ -188,10 +224,10 @@ def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:
 
 
 def _checkpoint(place: Path, resume: bool, console: Console) -> str | None:
-    sweep(place)
+    processes.from_main(lambda: sweep(place))
     if not resume:
         return None
-    checkpoint, skipped = newest_complete(place)
+    checkpoint, skipped = processes.from_main(lambda: newest_complete(place))
     for line in skipped:
         console.print(line)
     console.print(
@@ -217,7 +253,11 @@ def _estimate(
         prepared.task,
         prepared.tokenizer,
         prepared.task.collator(prepared.tokenizer),
-        [*lean.estimation_callbacks(recipe), RunLog(folder.log_file, stage=STAGE), progress, stop],
+        [
+            *lean.estimation_callbacks(recipe),
+            *_watching(RunLog(folder.log_file, stage=STAGE), progress),
+            stop,
+        ],
         train=prepared.encoded["train"],
         train_collator=_train_collator(recipe, prepared),
         on_nan=recipe.train.on_nan,
@@ -225,7 +265,12 @@ def _estimate(
     )
     _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
-    write_plan(folder, prepared.model, recipe, console)
+    processes.from_main(lambda: write_plan(folder, prepared.model, recipe, console))
+
+
+def _watching(*callbacks: TrainerCallback) -> list[TrainerCallback]:
+    """What writes and prints: the main process's."""
+    return list(callbacks) if processes.is_main() else []
 
 
 def _train_collator(recipe: Recipe, prepared: _Prepared) -> lean.Collator:
@@ -247,18 +292,22 @@ def _run(
     """
     try:
         with stop.waiting(), PeakMemory(trainer.args.device) as peak:
-            set_seed(recipe.train.seed)
+            # dropout must not be the same in all processes
+            set_seed((recipe.train.seed + _APART * processes.rank()) % 2**32)
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
-    if stop.received is not None:
+    if (number := stop.agreed()) is not None:
         trainer.save_now()  # the signal may have come after the last step had looked
-        raise Interrupted(f"stopped after step {trainer.state.global_step}; {_go_on(recipe)}", stop.received)
+        where = f"stopped after step {trainer.state.global_step}"
+        raise processes.shared(Interrupted(f"{where}; {_go_on(recipe)}", number))
     return peak
 
 
 def _go_on(recipe: Recipe) -> str:
     again = ["leantune", "train", str(RunFolder(recipe.output).recipe_file), "--resume"]
+    if processes.count() > 1:
+        again += ["--processes", str(processes.count())]
     return f"go on with: {shlex.join(again)}"
 
 
@@ -283,7 +332,7 @@ def _fit(
         prepared.task,
         prepared.tokenizer,
         prepared.task.collator(prepared.tokenizer),
-        [*lean.callbacks(recipe), log, progress, stop],
+        [*lean.callbacks(recipe), *_watching(log, progress), stop],
         train=prepared.encoded["train"],
         validation=prepared.encoded.get("validation"),
         train_collator=_train_collator(recipe, prepared),
@@ -298,12 +347,13 @@ def _fit(
     }
     peak = _run(trainer, recipe, stop, progress, checkpoint)
     facts |= {
-        "trainable_end": count_parameters(model, classifies)["trainable"],
+        "trainable_end": count_parameters(model, classifies)["trainable"] - lean.held_weights(model),
         "peak": peak,
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
     }
-    _save(folder, prepared, trainer)
+    whole = whole_weights(trainer)
+    processes.from_main(lambda: _save(folder, prepared, trainer, whole))
     return facts
 
 
@@ -320,9 +370,12 @@ def _prepare_adapter(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> No
 def _drawn_batches(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> Iterator[dict[str, Any]]:
     order = list(range(len(train)))
     random.Random(recipe.train.seed).shuffle(order)
-    size = trainer.args.per_device_train_batch_size
-    for start in range(0, len(order), size):
-        rows = [dict(train[number]) for number in order[start : start + size]]
+    count, rank = processes.count(), processes.rank()
+    size = trainer.args.per_device_train_batch_size * count
+    for start in range(0, len(order) - count + 1, size):
+        batch = order[start : start + size]
+        own = range(rank, len(batch) // count * count, count)  # as many in every process
+        rows = [dict(train[batch[place]]) for place in own]
         yield trainer._prepare_inputs(trainer.data_collator(rows))
 
 
@@ -347,11 +400,13 @@ def _saved_bytes(trainer: LeanTrainer, recipe: Recipe, train: Dataset) -> int:
         most = math.ceil(most / 2)
 
 
-def _save(folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer) -> None:
+def _save(
+    folder: RunFolder, prepared: _Prepared, trainer: LeanTrainer, whole: dict[str, Tensor] | None
+) -> None:
     """The trained weights, with the config (label names) and tokenizer that make them usable."""
     full = not lean.is_adapted(prepared.model)
     with whole_folder(folder.model if full else folder.adapter) as place, quiet_transformers():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place, state_dict=whole)
         prepared.config.save_pretrained(place)
         prepared.tokenizer.save_pretrained(place)
 

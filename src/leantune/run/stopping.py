@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leantune.run import processes
+
 
 class Stopped(KeyboardInterrupt):
     """A signal came while nothing was under way that could save: raised wherever the program stood."""
@@ -34,7 +36,8 @@ class StopOnSignal(TrainerCallback):
             `waiting()`.
 
     Attributes:
-        received: The signal's number; None while there was none.
+        received: The signal's number; None while there was none. Several processes agree on it at the end of
+            each step: what came to one of them came to all.
     """
 
     def __init__(self, waits: bool = True) -> None:
@@ -70,11 +73,16 @@ class StopOnSignal(TrainerCallback):
         if again or not self.waits:
             raise Stopped(number)
 
+    def agreed(self) -> int | None:
+        """The signal that came, here or in another process; all processes ask at the same places."""
+        self.received = processes.any_of(self.received or 0) or None
+        return self.received
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask the Trainer to save and stop."""
-        if self.received is not None:
+        if self.agreed() is not None:
             control.should_save = True
             control.should_training_stop = True
 
@@ -82,14 +90,14 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the evaluation up."""
-        if self.received is not None:
+        if self.agreed() is not None:
             raise EvaluationStopped
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The Trainer takes a stop for an epoch's end: no evaluation, which can wait for the resumed run."""
-        if self.received is not None:
+        if self.agreed() is not None:
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True

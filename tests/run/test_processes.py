@@ -1,0 +1,395 @@
+"""Two processes train as one does: the same rows, loss and weights; they stop, fail and go on together.
+
+They are forked (tests/together.py) and talk through gloo. The long matrix is marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import leantune
+from leantune.errors import RunError, UserError
+from leantune.run import Interrupted, callbacks, lean, processes
+from leantune.run.checkpoints import newest_complete
+from leantune.run.folder import RunFolder
+from tests.conftest import requests, write_jsonl
+from tests.run.support import SETTINGS, printed, quiet, recipe
+from tests.together import Team, together
+
+ROWS = 43  # the last batch of eight has three: the second process has none of its own there
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, which no two settings could draw alike."""
+    folder = tmp_path_factory.mktemp("still") / "bert"
+    shutil.copytree(bert_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for number, (split, count) in enumerate((("train", ROWS), ("validation", 9), ("test", 8))):
+        write_jsonl(folder / f"{split}.jsonl", requests(count, number))
+    return folder
+
+
+def still(name: str) -> dict[str, Any]:
+    """A method's settings without chance: no dropout, all tokens."""
+    settings = json.loads(json.dumps(SETTINGS[name]))
+    settings["adapter"].pop("dropout", None)
+    if "tokens" in settings:
+        settings["tokens"]["keep"] = 1.0
+    return settings
+
+
+def train(made: Any, resume: bool = False, *planted: TrainerCallback) -> tuple[dict[str, Any], int, str]:
+    """In one of the processes: metrics, the size of the world while training, what was printed."""
+    seen, console = Seen(), quiet()
+    needed = lean.callbacks
+    lean.callbacks = lambda recipe: [*planted, seen, *needed(recipe)]
+    try:
+        metrics = leantune.train(made, resume=resume, console=console).metrics
+    finally:
+        lean.callbacks = needed
+    return metrics, seen.world, printed(console)
+
+
+class Seen(TrainerCallback):
+    """Looks whether there are really several."""
+
+    world = 0
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+class At(TrainerCallback):
+    """Does something in one process after a step."""
+
+    def __init__(self, step: int, rank: int, act: Any) -> None:
+        self.step, self.rank, self.act = step, rank, act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step and args.process_index == self.rank:
+            self.act(model)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(RunFolder(folder).saved_weights().glob("*.safetensors")))
+
+
+def losses(folder: Path) -> list[float]:
+    file = RunFolder(folder).log_file
+    lines = [line for stage in ("estimation", None) for line in callbacks.read_log(file, stage)]
+    return [line["loss"] for line in lines if "evaluation" not in line]
+
+
+def same_as_one(base: Path, rows: Path, place: Path, settings: dict[str, Any], **train_keys: Any) -> None:
+    """Two processes with batches of 4 against one with batches of 8."""
+
+    def made(name: str, size: int) -> Any:
+        keys = {"batch_size": size, "learning_rate": 1e-3, "epochs": 1, **train_keys}
+        return recipe(base, rows, place / name, settings, train=keys)
+
+    alone = leantune.train(made("one", 8), console=quiet()).metrics
+    (metrics, world, told), (others, other_world, other_told) = together(2, train, made("two", 4))
+    assert world == other_world == metrics["processes"] == 2
+    assert not others and not other_told
+    assert told.count("forecast: ") == 1
+    assert alone["parameters"] == metrics["parameters"]
+    assert alone["steps"] == metrics["steps"]
+    assert losses(place / "two") == pytest.approx(losses(place / "one"), rel=1e-5)
+    one, two = weights(place / "one"), weights(place / "two")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=3e-4)
+    found = metrics["evaluation"]["test"]
+    assert found == pytest.approx(alone["evaluation"]["test"], rel=1e-3)
+
+
+QUICK = ("lean",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SETTINGS]
+)
+def test_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    settings = still(name)
+    if settings.get("quantize") == "int8-torchao":
+        made = recipe(base, rows, tmp_path / "run", settings)
+        with pytest.raises(UserError, match="lean.quantize = 'int8-torchao'"):
+            together(2, train, made)
+        return
+    if settings["adapter"].get("init") == "gradient":
+        settings["adapter"]["init"] = "activation"  # which is a sum over rows, however they are dealt
+    same_as_one(base, rows, tmp_path, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "lean"])
+def test_with_accumulation(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    same_as_one(base, rows, tmp_path, still(name), gradient_accumulation_steps=2)
+
+
+def test_stops_together_and_goes_on(bert_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A signal to the second process; with LaMDA freezing, dropout and all, the same bits afterwards."""
+
+    def made(name: str) -> Any:
+        return recipe(bert_folder, rows, tmp_path / name, SETTINGS["lamda"], train={"batch_size": 4})
+
+    together(2, train, made("whole"))
+    signalled = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = Team(2, train, made("halves"), False, signalled).results()
+    assert all(isinstance(one, Interrupted) for one in stopped), stopped
+    assert {str(one).split(";")[0] for one in stopped} == {"stopped after step 8"}
+    assert "--resume --processes 2" in str(stopped[0])
+    checkpoint, skipped = newest_complete(tmp_path / "halves" / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-8" and not skipped
+    assert {file.name for file in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    with pytest.raises(UserError, match="was begun in 2 process.*; go on with --processes 2"):
+        leantune.train(made("halves"), resume=True, console=quiet())
+    told = together(2, train, made("halves"), True)[0][2]
+    assert "resuming from checkpoint-8" in told
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_one_is_killed(base: Path, rows: Path, tmp_path: Path) -> None:
+    """The other stops with one line, at once; the checkpoint from before is whole."""
+    made = recipe(base, rows, tmp_path / "run", SETTINGS["lora"], train={"batch_size": 4})
+    killed = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGKILL))
+    left, gone = Team(2, train, made, False, killed).results()
+    assert gone is None
+    assert isinstance(left, RunError)
+    assert str(left).startswith("another of the 2 processes has ended; go on with: leantune train")
+    checkpoint, _ = newest_complete(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-6"
+
+
+@torch.no_grad()
+def _damage(model: torch.nn.Module) -> None:
+    next(p for n, p in model.named_parameters() if "layer.1.output.dense.lora_B" in n)[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("on_nan", [pytest.param("stop"), pytest.param("skip", marks=pytest.mark.slow)])
+def test_not_finite_in_one(on_nan: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    keys = {"batch_size": 4, "on_nan": on_nan, "steps": 5}
+    made = recipe(base, rows, tmp_path / "run", still("lora"), train=keys)
+    found = Team(2, train, made, False, At(2, 1, _damage)).results()
+    if on_nan == "stop":
+        assert all(isinstance(one, RunError) for one in found), found
+        assert str(found[0]) == str(found[1])
+        assert str(found[0]).startswith("process 1: step 3: the loss is nan; its batch: rows ")
+        assert "lora_B.default.weight is not finite itself" in str(found[0])
+    else:
+        assert found[0][0]["skipped_steps"] == 3
+
+
+def _damaged_file(made: Any) -> Any:
+    if os.environ["RANK"] == "1":
+        lean.attach = lambda *args: (_ for _ in ()).throw(UserError("this one cannot"))
+    return train(made)
+
+
+def test_one_cannot_start(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Nothing is written, and all say the same."""
+    made = recipe(base, rows, tmp_path / "run", SETTINGS["lora"])
+    found = Team(2, _damaged_file, made).results()
+    assert [str(one) for one in found] == ["process 1: this one cannot"] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def _out_of_memory(made: Any) -> Any:
+    from transformers import Trainer
+
+    step = Trainer.training_step
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.process_index == 1 and self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = full
+    return train(made)
+
+
+def test_out_of_memory_in_one(base: Path, rows: Path, tmp_path: Path) -> None:
+    made = recipe(base, rows, tmp_path / "run", SETTINGS["lora"], train={"batch_size": 4})
+    left, full = Team(2, _out_of_memory, made).results()
+    assert isinstance(full, RunError) and str(full).startswith("step 3: 4 rows of ")
+    assert isinstance(left, RunError) and str(left).startswith("another of the 2 processes has ended")
+
+
+# -- FSDP2 --------------------------------------------------------------------------------------------------
+
+
+class Sharded(TrainerCallback):
+    """Looks whether each process really has but a part."""
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        from torch.distributed.tensor import DTensor
+
+        parameters = list(model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        held = sum(parameter.to_local().numel() for parameter in parameters)
+        assert held < 0.6 * sum(parameter.numel() for parameter in parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora", "lamda"])
+def test_fsdp_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    """FSDP2 with parameters in pieces: the result of one process; stopped and resumed, the same bits."""
+
+    def made(place: str, size: int, **keys: Any) -> Any:
+        keys = {"batch_size": size, "learning_rate": 1e-3, **keys}
+        return recipe(base, rows, tmp_path / place, still(name), train=keys)
+
+    alone = leantune.train(made("one", 8), console=quiet()).metrics
+    metrics, world, _ = together(2, train, made("two", 4, fsdp=True), False, Sharded())[0]
+    assert world == 2 and alone["steps"] == metrics["steps"]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=3e-4)
+    stop = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = Team(2, train, made("halves", 4, fsdp=True), False, stop).results()
+    assert all(isinstance(result, Interrupted) for result in stopped), stopped
+    together(2, train, made("halves", 4, fsdp=True), True, Sharded())
+    halves = weights(tmp_path / "halves")
+    assert all(torch.equal(two[key], halves[key]) for key in two)
+
+
+def test_what_fsdp_does_not_train(base: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def refused(name: str, **keys: Any) -> str:
+        made = recipe(base, rows, tmp_path / "run", SETTINGS[name], train={"fsdp": True, **keys})
+        with pytest.raises(UserError) as error:
+            lean.check_together(made)
+        return str(error.value)
+
+    assert "start with --processes N" in refused("lora")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert refused("lean").startswith("lean.prune: not with train.fsdp")
+    assert refused("tokentune").startswith("lean.tokens: not with train.fsdp")
+    assert refused("bottleneck").startswith("lean.adapter.type = 'bottleneck': not with train.fsdp")
+    assert refused("lora+int8").startswith("lean.quantize: not with")
+    assert refused("lora", gradient_checkpointing=True).startswith("train.gradient_checkpointing: not")
+    assert refused("lora", fsdp="full_shard").startswith("train.fsdp = 'full_shard': accepted is true")
+    assert "with version 2" in refused("lora", fsdp_config={"version": 1})
+    assert "accepted are" in refused("lora", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
+    assert not (tmp_path / "run").exists()
+
+
+# -- launchers -----------------------------------------------------------------------------------------------
+
+
+def command(made: Any, file: Path) -> subprocess.CompletedProcess[str]:
+    """`leantune train RECIPE --processes 2`, as a person types it."""
+    file.write_text(json.dumps(made.to_dict()))
+    typed = [sys.executable, "-m", "leantune.cli", "train", str(file), "--processes", "2"]
+    return subprocess.run(typed, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command(base: Path, rows: Path, tmp_path: Path) -> None:
+    """One report, exit code 0."""
+    made = recipe(base, rows, tmp_path / "run", still("lamda"), train={"batch_size": 4, "steps": 2})
+    done = command(made, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("forecast: ") == done.stdout.count("Run folder: ") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(base: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    done = command(recipe(base, rows, tmp_path / "run", still("lamda")), tmp_path / "recipe.yaml")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("leantune: ")]
+    assert len(lines) == 1 and lines[0].endswith("the folder is not empty and holds no run")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed(base: Path, rows: Path, tmp_path: Path) -> None:
+    """The launcher names the process and the signal, and ends with 1."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    code = (
+        "import sys; from leantune.run import launching; from leantune.errors import RunError\n"
+        "sys.executable = sys.argv[1]\n"
+        "try: launching.launch(2, [])\n"
+        "except RunError as error: print(error)"
+    )
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nexec {sys.executable} {script}\n")
+    fake.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code, str(fake)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "process 1 was ended by SIGKILL; the others were stopped"
+
+
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[Any, str]:
+    """Exit code and what stands on standard error."""
+    from leantune.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["leantune", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code, capsys.readouterr().err
+
+
+def test_other_commands_run_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (
+        ["predict", "run", "text"],
+        ["evaluate", "run"],
+        ["compare", "recipe.yaml"],
+        ["doctor"],
+    ):
+        monkeypatch.setenv("RANK", "0")
+        line = f"leantune: leantune {arguments[0]} runs in one process: start it without a launcher\n"
+        assert refusal(monkeypatch, capsys, *arguments) == (2, line)
+        monkeypatch.setenv("RANK", "1")
+        assert refusal(monkeypatch, capsys, *arguments) == (0, "")
+    monkeypatch.setenv("RANK", "0")
+    code, line = refusal(monkeypatch, capsys, "train", "recipe.yaml", "--processes", "3")
+    assert (code, line) == (2, "leantune: --processes = 3: the launcher has started 2\n")
+
+
+def test_what_launchers_do_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process instead of two; DDP instead of FSDP: both are refused (HOSTS.md)."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="asked for several processes and has started one"):
+        processes.join()
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for name, option in (("FSDP", "--use_fsdp: write train.fsdp"), ("DEEPSPEED", "--use_deepspeed: ")):
+        with monkeypatch.context() as patched:
+            patched.setenv(f"ACCELERATE_USE_{name}", "true")
+            with pytest.raises(UserError, match=f"accelerate launch {option}"):
+                processes.join()

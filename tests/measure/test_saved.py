@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -102,3 +104,21 @@ def test_the_model_is_as_before() -> None:
     with torch.no_grad():
         saved_activation_bytes(net, {"x": torch.ones(ROWS, WIDTH)})
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_nothing_of_the_forward_pass_stays() -> None:
+    outputs: list[weakref.ref[Tensor]] = []
+
+    class Keeping(nn.Module):  # exp saves its own output
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            output = self.layer(x).exp()
+            outputs.append(weakref.ref(output))
+            return {"loss": output.sum()}
+
+    saved_activation_bytes(Keeping(), {"x": torch.ones(2, 4)})
+    gc.collect()
+    assert outputs[0]() is None

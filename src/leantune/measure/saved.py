@@ -34,7 +34,8 @@ def saved_storages(forward: Callable[[], Any], exclude: Collection[int] = frozen
     held: list[weakref.ref[_Held]] = []
 
     def pack(tensor: Tensor) -> _Held:
-        handle = _Held(tensor)
+        # without its grad_fn: a node that saves its own output would keep itself alive, past every collector
+        handle = _Held(tensor.detach())
         held.append(weakref.ref(handle))
         return handle
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.run import main, parse
+from benchmarks.run import parse
 from benchmarks.suites import cases, engine
 from benchmarks.suites.accuracy import GRID, as_prompt
 from benchmarks.suites.accuracy import cells as accuracy_cells
@@ -25,6 +23,7 @@ from benchmarks.suites.peers import chunked
 from benchmarks.suites.record import Results
 from benchmarks.suites.shapes import SCALES, SHAPES
 from benchmarks.tables import Measured, accuracy, suite_table, summary
+from benchmarks.tables import main as tables
 from leantune.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,15 +211,5 @@ def test_arc_as_prompt() -> None:
     assert as_prompt(row) == {"prompt": "Why?\nA. so\nB. no\nAnswer:", "completion": " B"}
 
 
-def test_tables_are_fresh() -> None:
-    done = subprocess.run(
-        [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr + "run: python benchmarks/tables.py"
-
-
-def test_help_names_the_suites(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0 and "tokentune-memory" in capsys.readouterr().out
+def test_tables_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables(["--check"]) == 0, capsys.readouterr().out + "run: python benchmarks/tables.py"

@@ -115,6 +115,29 @@ def test_out_of_memory_is_a_row(two_methods: str, tmp_path: Path, monkeypatch: p
     assert done and groups[two_methods]["rows"]["lean"]["status"] == "out of memory"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_one_method_at_a_time_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def cheap(built: Any, device: str) -> dict[str, Any]:
+        return {"training": {}, "evaluation": {}}
+
+    monkeypatch.setattr(engine, "measure_memory", cheap)
+    group = Group("Llama-2-7B", 2, 24, ())
+    rows = [engine.Case("LoRA + checkpointing"), engine.Case("LoRA, unsloth"), engine.Case("lean")]
+    how = How("cpu", "tiny", NEVER, 2, None)
+    steps: list[str] = []
+
+    def tell(case: engine.Case) -> None:
+        steps.append(case.name)
+        held.append(sum(each.built is not None for each in rows))
+
+    assert engine._in_rounds(group, rows, how, tell, lambda complete: None)
+    assert set(held) == {0}  # each was let go before the next
+    assert [len(case.row["training"]["seconds"]) for case in (rows[0], rows[2])] == [2, 2]
+    assert rows[1].row["status"] == "not installed" and len(steps) == 9  # memory and two rounds of three
+
+
 def test_chunked_loss_is_the_ordinary_one() -> None:
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 8, generator=draw, dtype=torch.float64, requires_grad=True)

@@ -59,6 +59,10 @@ class Measured:
         row = self.groups[group]["rows"].get(method)
         return row if row is not None and row["status"] == "ok" else None
 
+    def label(self, group: str) -> str:
+        """A group's name, which says when its shape is not the real one."""
+        return group if self.scale == "full" else group.replace(",", f" ({self.scale}),", 1)
+
     def times(self, group: str, row: dict[str, Any], what: str) -> list[float]:
         """Seconds of each timed step: of the processor on one CPU thread (others use the machine, too)."""
         threads = self.groups[group]["record"]["machine"]["threads"]
@@ -109,7 +113,7 @@ def suite_table(name: str, found: Measured | None) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group, content in found.groups.items():
         cut = "" if content["complete"] else " (cut off by the budget)"
-        lines.append("| " + " | ".join([f"**{group}**{cut}", *[""] * (len(head) - 1)]) + " |")
+        lines.append("| " + " | ".join([f"**{found.label(group)}**{cut}", *[""] * (len(head) - 1)]) + " |")
         for method, row in content["rows"].items():
             cells = _cells(found, group, method, row, suite.baselines, len(head))
             lines.append("| " + " | ".join(cells) + " |")
@@ -317,7 +321,7 @@ def claims_table(claims: list[Claim], found: dict[str, Measured], *, place: bool
         if measured is None:
             continue
         shown = [(group, claim.ours(measured, group)) for group in measured.groups]
-        said = [f"{value} ({group})" for group, value in shown if value is not None]
+        said = [f"{value} ({measured.label(group)})" for group, value in shown if value is not None]
         if said:
             link = f" [{claim.suite}]({CARDS[claim.suite]}) |" if place else ""
             lines.append(f"| {claim.what} | {claim.promised} | {'<br>'.join(said)} |{link}")

@@ -199,7 +199,7 @@ def test_the_tables_arithmetic(device: str, tmp_path: Path) -> None:
     assert "3.00 s (2.50–3.50)" in text and "| LoRA | out of memory |" in text
     assert "3.00× the speed at 0.75× the memory" in text and "| 25 % (" in text
     assert ("**G**" if device == "cuda" else "**CPU (P, 1 of 2 cores") in text and "commit 012345678" in text
-    assert found is not None and "25 % (Llama-2-7B, 2 × 2048)" in summary({"lean": found})
+    assert found is not None and "25 % (Llama-2-7B (small), 2 × 2048)" in summary({"lean": found})
 
 
 def test_the_accuracy_table(tmp_path: Path) -> None:

@@ -50,14 +50,16 @@ def measure(setting: Setting) -> Measured:
     model = build_real(setting)
     optimizer = make_optimizer(model, setting)
     step, batch = Step(model, optimizer, setting), make_batch(setting)
-    peak = _peak(lambda: step.run(batch), [*_held(model, optimizer), *batch.values()])
+    peak = allocator_peak(lambda: step.run(batch), [*held_tensors(model, optimizer), *batch.values()])
     model.zero_grad(set_to_none=not setting.accumulates)
     began = time.process_time()
     step.run(batch)
     seconds = time.process_time() - began
     model.zero_grad(set_to_none=True)
     rows = make_batch(replace(setting, batch=setting.evaluation_batch))
-    evaluation = _peak(lambda: step.evaluate(rows), [*_held(model, optimizer), *rows.values()])
+    evaluation = allocator_peak(
+        lambda: step.evaluate(rows), [*held_tensors(model, optimizer), *rows.values()]
+    )
     return Measured(peak, evaluation, seconds)
 
 
@@ -68,7 +70,7 @@ def measure_peak(setting: Setting) -> int:
     model = build_real(setting)
     optimizer = make_optimizer(model, setting)
     step, batch = Step(model, optimizer, setting), make_batch(setting)
-    return _peak(lambda: step.run(batch), [*_held(model, optimizer), *batch.values()])
+    return allocator_peak(lambda: step.run(batch), [*held_tensors(model, optimizer), *batch.values()])
 
 
 def measure_saved(setting: Setting) -> int:
@@ -78,7 +80,7 @@ def measure_saved(setting: Setting) -> int:
     return saved_activation_bytes(build_real(setting), make_batch(setting))
 
 
-def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What is in memory between two steps; of bitsandbytes' layers, the scales, too."""
     held: list[Any] = [*model.parameters(), *model.buffers()]
     held += [p.grad for p in model.parameters() if p.grad is not None]
@@ -93,8 +95,13 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for value in held if isinstance(value, Tensor)]
 
 
-def _peak(action: Callable[[], None], held: list[Tensor]) -> int:
-    """Bytes of what is held and of the most that the action has on top."""
+def allocator_peak(action: Callable[[], None], held: list[Tensor]) -> int:
+    """Bytes of what is held and of the most that the action has on top, by the CPU allocator's reports.
+
+    Args:
+        action: Run once, under torch's profiler.
+        held: Tensors that are in memory before it and count as well; emptied, so that they can be let go.
+    """
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     held.clear()
     activities = [ProfilerActivity.CPU]

@@ -148,8 +148,13 @@ def stand_in(
         setattr(owner, name, QuantizedStandIn(module, storage, dequantising))
 
 
-def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
+def quantize_for_real(model: PreTrainedModel, storage: Storage, device: str = "cpu") -> None:
     """bitsandbytes' own layers, with the model's weights, in place; to hold forecasts against.
+
+    Args:
+        model: With weights; they are frozen.
+        storage: How.
+        device: Where they are packed and stay.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -175,5 +180,5 @@ def quantize_for_real(model: PreTrainedModel, storage: Storage) -> None:
             new = bnb.nn.Linear8bitLt(kept.in_features, kept.out_features, has_fp16_weights=False, **options)
             new.weight = bnb.nn.Int8Params(kept.weight.data, requires_grad=False, has_fp16_weights=False)
         new.bias = kept.bias
-        setattr(owner, name, new.to("cpu"))
+        setattr(owner, name, new.to(device))
     setattr(model, "is_loaded_in_8bit" if storage == "int8" else "is_loaded_in_4bit", True)

@@ -172,7 +172,7 @@ class Saved:
         """Context manager for the forward pass."""
 
         def pack(tensor: Tensor) -> _Held:
-            handle = _Held(tensor)
+            handle = _Held(tensor.detach())  # see leantune.measure.saved
             self._handles.append(weakref.ref(handle))
             return handle
 

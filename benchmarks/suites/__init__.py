@@ -1,0 +1,1 @@
+"""The engine behind `benchmarks/run.py`: what is measured (cases), how (memory, timing), what is written."""

@@ -117,7 +117,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_rows(folder: Path) -> None:
-    """Ten requests a row, under the first one's label: every row is cut, so that a few steps see the largest."""
+    """Ten requests a row, under the label of the first: every row is cut, so that all steps are alike."""
     (folder / "data").mkdir()
     for split, count in (("train", 3000), ("test", 256)):
         with gzip.open(DATA / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:

@@ -226,6 +226,28 @@ def examine(name: str, folder: Path, reserve: dict[str, int]) -> dict[str, Any]:
     return row
 
 
+def table(result: dict[str, Any]) -> str:
+    """Pairs × (limit, proposal, what became of it), in markdown."""
+    head = ["recipe", "batch × length", "limit, of it reserved", "proposed", "forecast → seen", "it"]
+    head += ["twice its batch"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in result["pairs"]:
+        limit, reserve = row["limit_bytes"] / MIB, row["reserve_bytes"] / MIB
+        seen = (row["proposed_run"]["highest_in_training"] - row["reserve_bytes"]) / MIB
+        cells = [row["name"], f"{row['batch']} × {row['length']}", f"{limit:,.0f}, {reserve:,.0f} MiB"]
+        cells += [f"`{row['proposed']}`", f"{row['proposed_needs'] / MIB:,.0f} → {seen:,.0f} MiB"]
+        cells += [became(row["proposed_run"]), became(row["next_run"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Right in {result['right']} of {len(result['pairs'])}."])
+
+
+def became(done: dict[str, Any]) -> str:
+    """What became of a run, in two or three words."""
+    if not done["survived"]:
+        return "out of memory"
+    return "only with its batches split" if done["in_parts"] else "fits"
+
+
 def is_right(row: dict[str, Any]) -> bool:
     """Whether the proposal came through as it is and the next larger setting did not."""
     return row["proposed"] is not None and fits(row["proposed_run"]) and not fits(row["next_run"])

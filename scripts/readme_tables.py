@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.grid import table as grid_table  # noqa: E402
 from benchmarks.lamda_subspaces import table as subspaces_table  # noqa: E402
 from benchmarks.lightpeft_steps import table as steps_table  # noqa: E402
+from benchmarks.planner_advice import table as advice_table  # noqa: E402
 from leantune.methods import METHODS  # noqa: E402
 from leantune.report.capabilities import (  # noqa: E402
     Capabilities,
@@ -52,6 +53,12 @@ def subspaces() -> str:
     return f"{subspaces_table(result)}\n\n`{result['command']}`; {versions}; CPU, 1 thread.\n"
 
 
+def advice() -> str:
+    """Whether what the plan proposes holds under a real limit."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "planner_advice.json").read_text())
+    return f"{advice_table(result)}\n"
+
+
 def conformance() -> str:
     """PEFT's own tests with LaMDA in place of LoRA, with the command that reproduces it."""
     how = f"`make test-conformance`; peft {suite.PEFT}; CPU."
@@ -75,6 +82,7 @@ TABLES = {
         "lightpeft-sst2": partial(grid, "lightpeft-sst2"),
         "lightpeft-steps": steps,
     },
+    "src/leantune/planner/README.md": {"planner-advice": advice},
     "docs/experiments.md": {
         name: partial(grid, name)
         for name in (

@@ -27,6 +27,8 @@ PACKAGES = (
     "unsloth",
     "leantune",
 )
+# Results that are being written are no change of what is measured.
+SOURCES = (".", ":(exclude)benchmarks/results", ":(exclude)*.md")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -34,7 +36,10 @@ def record(device: str, command: list[str], rounds: int) -> dict[str, Any]:
     """Machine, versions, commit, command; `finish` adds how it ended."""
     return {
         "command": " ".join(["python", "benchmarks/run.py", *command]),
-        "git": {"commit": _git("rev-parse", "HEAD"), "changed_files": bool(_git("status", "--porcelain"))},
+        "git": {
+            "commit": _git("rev-parse", "HEAD"),
+            "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)),
+        },
         "device": device,
         "machine": machine(device),
         "dtype": DTYPES[device],

@@ -137,7 +137,7 @@ def test_rates() -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("lora,lmda", "methods: 'lmda' is unknown; did you mean lamda? (accepted: full, lora, lamda, "),
+        ("lora,lmda", "methods: 'lmda' is unknown; did you mean lamda? (accepted: full, lora, rslora, "),
         ("lora,,", None),
         (" , ", "methods: none is named"),
         ("lora,full,lora", "methods: 'lora' is named twice"),

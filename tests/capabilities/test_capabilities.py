@@ -1,7 +1,7 @@
 """The capability table says what is so: cells of it are examined again, and nothing is left out.
 
-By default pairs and all three together, some on a decoder's and some on an encoder-decoder's shape (BERT's are
-in tests/run); every other cell in `make test-all`.
+By default pairs and all three together, on a decoder's or an encoder-decoder's shape (BERT's are in
+tests/run); every other cell in `make test-all`.
 """
 
 from __future__ import annotations

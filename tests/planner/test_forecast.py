@@ -47,6 +47,13 @@ def test_both_engines_are_near_what_is_measured(case: str) -> None:
     assert closed.flops == pytest.approx(traced.flops, rel=0.3)
 
 
+def test_ranks_that_only_weights_tell_are_their_mean() -> None:
+    ranks = {"spectral_ranks": {"budget": LAMDA["r"]}}
+    even, spectral = (setting("llama", {"adapter": LAMDA | more}) for more in ({}, ranks))
+    for engine in (trace, estimate):
+        assert engine(spectral).peak == engine(even).peak
+
+
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_quantised_bases_are_near_bitsandbytes(storage: str) -> None:
     pytest.importorskip("bitsandbytes")

@@ -29,7 +29,7 @@ from leantune.lightpeft.surgery import prune_base
 from leantune.planner.quantized import quantize_for_real, stand_in
 from leantune.planner.setting import Setting
 from leantune.planner.tracker import Tracker
-from leantune.recipes import Recipe
+from leantune.recipes import AdapterRecipe, LamdaRecipe, Recipe
 from leantune.run import lean
 from leantune.run.models import quiet_transformers
 from leantune.run.tasks import TASKS
@@ -92,7 +92,7 @@ def attached(model: PreTrainedModel, setting: Setting) -> nn.Module:
         groups = find_groups(model)
         prune_base(model, groups, spread_units(lean.prune_config(recipe), groups))
         recipe = _fewer_ranks(recipe)
-    without = {"prune": None, "tokens": None, "quantize": None}
+    without = {"prune": None, "tokens": None, "quantize": None, "adapter": _even_ranks(recipe)}
     bare = recipe.model_copy(update={"lean": recipe.lean.model_copy(update=without)})
     adapted = lean.attach(model, bare, TASKS[recipe.model.task].peft_task_type)
     if prune is not None and setting.stage != "estimate":
@@ -101,6 +101,14 @@ def attached(model: PreTrainedModel, setting: Setting) -> nn.Module:
         for layer in lamda_layers(adapted).values():
             layer.split_columns(ADAPTER, layer.r[ADAPTER])
     return adapted
+
+
+def _even_ranks(recipe: Recipe) -> AdapterRecipe:
+    """The adapter; of LaMDA++, whose ranks come from weights, which are not read, with their mean."""
+    adapter = recipe.lean.adapter
+    if not isinstance(adapter, LamdaRecipe) or adapter.spectral_ranks is None:
+        return adapter
+    return adapter.model_copy(update={"spectral_ranks": None, "r": adapter.spectral_ranks.budget})
 
 
 def _attach_late(model: nn.Module, setting: Setting, verify: bool) -> None:

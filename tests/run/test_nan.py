@@ -185,7 +185,7 @@ def test_skip(
     assert len(skipped) == 2 + estimated and all("loss" not in line for line in skipped)
     assert sum("loss" in line for line in lines) == 8 + 4 * estimated
     state = json.loads((done.folder / "checkpoints" / "checkpoint-10" / "trainer_state.json").read_text())
-    assert sum("skipped" in entry for entry in state["log_history"]) == 2
+    assert {entry["step"] for entry in state["log_history"]} == {10}  # no more: a long run would grow
     labels = [str(cell) for cell in summary_table(done.metrics).columns[0].cells]
     assert any("Skipped steps" in label for label in labels)
     assert "Skipped steps" in (done.folder / "report.html").read_text()

@@ -120,6 +120,12 @@ class LeanTrainer(FiniteTrainer):
             self.control.should_save = self.control.should_training_stop = True
             return {}
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; what its state has of earlier steps is let go: `log.jsonl` has it."""
+        now = self.state.global_step
+        self.state.log_history = [entry for entry in self.state.log_history if entry["step"] == now]
+        super().log(logs, *args, **kwargs)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return bool(metrics) and super()._determine_best_metric(metrics, trial)
 

@@ -465,11 +465,21 @@ def fuzz_runs(count: int, place: Path, tally: Tally) -> None:
             if (case / "metrics.json").is_file() and not (case / "metrics.json").is_symlink():
                 write_report(case)
 
-    def act(name: str, change: Callable[[Path], None], what: str) -> None:
+    def act(name: str, change: Callable[[Path], None], what: str, sealed: bool = True) -> None:
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(whole, case)
+        for manifest in () if sealed else case.rglob("manifest.json"):
+            manifest.unlink()  # as whoever changes a run on purpose is told to do
+        if not (case / name).exists():
+            return
         change(case / name)
-        tally.case(read, f"{name} {what}")
+        tally.case(lambda: read_checked(name) if sealed else read(), f"{name} {what}")
+
+    def read_checked(name: str) -> None:
+        read()
+        listed = (case / name).parent / "manifest.json"
+        if listed.is_file() and name != str(listed.relative_to(case)):
+            assert (case / name).read_bytes() == (whole / name).read_bytes(), "a damaged file was taken"
 
     def link(file: Path) -> None:
         file.unlink()
@@ -485,9 +495,9 @@ def fuzz_runs(count: int, place: Path, tally: Tally) -> None:
     )
     repeat(
         count // 2,
-        st.tuples(names, DAMAGE),
-        lambda pair: act(
-            pair[0], lambda f: f.write_bytes(damaged(f.read_bytes(), pair[1])) and None, str(pair[1])
+        st.tuples(names, DAMAGE, st.booleans()),
+        lambda case: act(
+            case[0], lambda f: f.write_bytes(damaged(f.read_bytes(), case[1])) and None, str(case[1]), case[2]
         ),
     )
     repeat(
@@ -497,6 +507,7 @@ def fuzz_runs(count: int, place: Path, tally: Tally) -> None:
             pair[0],
             lambda f: f.write_text(json.dumps(pair[1])) and None,
             changed_keys(json.loads((whole / pair[0]).read_text()), pair[1]),
+            sealed=Path(pair[0]).name == "manifest.json",
         ),
     )
     assert not list(outside.iterdir())

@@ -164,6 +164,7 @@ def test_libraries_do_not_chatter(
 
 def test_damaged_configs_and_tokenizers_say_so(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     leantune.train(recipe(bert_folder, data_folder, tmp_path / "run", train={"steps": 1}), console=quiet())
+    (tmp_path / "run" / "adapter" / "manifest.json").unlink()
     for name, said in (("config.json", "the config cannot be opened"), ("tokenizer.json", "the tokenizer")):
         file = tmp_path / "run" / "adapter" / name
         content = file.read_bytes()
@@ -240,6 +241,11 @@ def test_damaged_runs_say_so(bert_folder: Path, data_folder: Path, tmp_path: Pat
     leantune.train(recipe(bert_folder, data_folder, tmp_path / "run", train={"steps": 1}), console=quiet())
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     content = weights.read_bytes()
+    weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])  # loads: another number
+    with pytest.raises(UserError, match="adapter_model.safetensors is damaged; if .* remove manifest.json"):
+        leantune.load(tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "manifest.json").unlink()
+    leantune.load(tmp_path / "run")
     weights.write_bytes(content[:100])
     with pytest.raises(UserError, match="the adapter cannot be loaded"):
         leantune.load(tmp_path / "run")

@@ -62,7 +62,11 @@ def logits(run: Any, text: str = TEXT) -> torch.Tensor:
 
 def test_what_a_pruned_run_holds(lora: Any) -> None:
     folder, metrics = RunFolder(lora.folder), lora.metrics
-    assert {path.name for path in folder.pruning.iterdir()} == {"plan.json", "masks.safetensors"}
+    assert {path.name for path in folder.pruning.iterdir()} == {
+        "plan.json",
+        "masks.safetensors",
+        "manifest.json",
+    }
     assert metrics["method"] == "lora+light-peft"
     assert metrics["speed"]["estimate_seconds"] > 0
     assert 0.2 < metrics["parameters"]["blocks_removed_fraction"] < 0.35

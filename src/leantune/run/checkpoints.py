@@ -6,18 +6,17 @@ checkpoint counts only with a manifest whose sizes and hashes agree with what li
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
+from leantune.run import manifest
 from leantune.run.folder import flush, remove_folder, take_place, write_json
+from leantune.run.manifest import MANIFEST
 
-MANIFEST = "manifest.json"
 WRITING = ".writing-"  # a checkpoint's folder begins with this until it is complete
 _NAME = re.compile(r"^checkpoint-([0-9]{1,18})$")
-_LARGEST_MANIFEST = 1 << 24
 
 
 def seal(written: Path, place: Path, step: int, versions: dict[str, str], processes: int = 1) -> None:
@@ -30,12 +29,7 @@ def seal(written: Path, place: Path, step: int, versions: dict[str, str], proces
         versions: Of the packages that wrote it.
         processes: That train together; each has written its own random numbers' state.
     """
-    files = {
-        str(file.relative_to(written)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in sorted(written.rglob("*"))
-        if file.is_file()
-    }
-    facts = {"step": step, "versions": versions, "processes": processes, "files": files}
+    facts = manifest.describe(written, step=step, versions=versions, processes=processes)
     write_json(written / MANIFEST, facts)
     flush(written)
     take_place(written, place)
@@ -85,31 +79,18 @@ def whats_wrong(checkpoint: Path) -> str | None:
     """None if the checkpoint is whole, else what is not."""
     if checkpoint.is_symlink() or not checkpoint.is_dir():
         return "not a folder"
-    manifest = checkpoint / MANIFEST
-    try:
-        if manifest.stat().st_size > _LARGEST_MANIFEST:
-            return "its manifest is damaged"
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        files, step = dict(content["files"]), content["step"]
-    except FileNotFoundError:
+    known = manifest.read(checkpoint)
+    if known is None:
         return "incomplete (no manifest)"
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
-        return "its manifest is damaged"
+    if isinstance(known, str):
+        return known
+    files, step = known["files"], known.get("step")
     if f"checkpoint-{step}" != checkpoint.name:
         return f"its manifest is of step {step!r}"
     there = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if not file.is_dir()}
     for name in sorted(there - {MANIFEST} - files.keys()):
         return f"{name} is not in its manifest"  # nothing is read that was not checked
-    for name, facts in files.items():
-        file = checkpoint / name
-        if not file.resolve().is_relative_to(checkpoint.resolve()):
-            return f"its manifest names a file outside ({name})"
-        if not file.is_file():
-            return f"{name} is missing"
-        known = facts if isinstance(facts, dict) else {}
-        if file.stat().st_size != known.get("bytes") or sha256(file) != known.get("sha256"):
-            return f"{name} is damaged"
-    return None
+    return manifest.first_damaged(checkpoint, files)
 
 
 def keep_newest(folder: Path, count: int, newest: int) -> None:
@@ -127,9 +108,3 @@ def keep_newest(folder: Path, count: int, newest: int) -> None:
     for step, path in steps.items():
         if step not in kept:
             remove_folder(path)
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

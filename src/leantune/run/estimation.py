@@ -49,15 +49,16 @@ def write_plan(folder: RunFolder, model: nn.Module, recipe: Recipe, console: Con
     """Decide what goes and write it down; the plan's folder appears last and says that the stage is done."""
     plan = lean.pruning_plan(model, recipe)
     adapter = lean.shrunk_adapter(model, plan)
-    with whole_folder(folder.warm_start) as place:
+    with whole_folder(folder.warm_start, sealed=True) as place:
         adapter.save(place)
-    with whole_folder(folder.pruning) as place:
+    with whole_folder(folder.pruning, sealed=True) as place:
         plan.save(place / folder.plan_file.name)
     console.print(str(plan), highlight=False)
 
 
 def pruned_model(folder: RunFolder, recipe: Recipe, task: Task, config: PretrainedConfig) -> nn.Module:
     """The base, pruned as it is read, with the adapter as the first stage left it, ready to be trained on."""
+    folder.check_undamaged()
     plan = PruningPlan.load(folder.plan_file)
     with quiet_transformers():
         model = attach_saved(base_for_run(recipe, task, config, plan), folder.warm_start, trainable=True)

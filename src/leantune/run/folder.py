@@ -13,6 +13,7 @@ from typing import Any
 from leantune.errors import UserError
 from leantune.recipes import Recipe, yaml
 from leantune.recipes.loading import validate
+from leantune.run import manifest
 
 
 class RunFolder:
@@ -78,6 +79,15 @@ class RunFolder:
         raise UserError(
             f"{self.path}: the run has not finished (no adapter/ or model/); continue it with --resume"
         )
+
+    def check_undamaged(self) -> None:
+        """See that weights, plan and the adapter between the stages are what was written.
+
+        Raises:
+            UserError: A file is not what its folder's manifest says.
+        """
+        for folder in (self.adapter, self.model, self.pruning, self.warm_start):
+            manifest.check(folder)
 
     def check_free(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """See that a run of `recipe` may start (or go on) here. Changes nothing.
@@ -166,16 +176,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place at the end; on an error nothing is left.
 
     A folder that stood there stays until the new one is complete.
+
+    Args:
+        path: Its name from then on.
+        sealed: With a manifest of its files, for `RunFolder.check_undamaged`.
     """
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if sealed:
+            write_json(temporary / manifest.MANIFEST, manifest.describe(temporary))
         flush(temporary)
         take_place(temporary, path)
     finally:

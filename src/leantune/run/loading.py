@@ -57,6 +57,7 @@ def open_run(run: str | Path | RunFolder) -> LoadedRun:
     folder = run if isinstance(run, RunFolder) else RunFolder.existing(run)
     recipe = folder.recipe()
     weights = folder.saved_weights()
+    folder.check_undamaged()
     config, task, tokenizer = open_saved(recipe, weights)
     model: nn.Module
     plan = PruningPlan.load(folder.plan_file) if recipe.lean.prune is not None else None

@@ -405,10 +405,11 @@ def _save(
 ) -> None:
     """The trained weights, with the config (label names) and tokenizer that make them usable."""
     full = not lean.is_adapted(prepared.model)
-    with whole_folder(folder.model if full else folder.adapter) as place, quiet_transformers():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(place, state_dict=whole)
-        prepared.config.save_pretrained(place)
-        prepared.tokenizer.save_pretrained(place)
+    place = folder.model if full else folder.adapter
+    with whole_folder(place, sealed=True) as written, quiet_transformers():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(written, state_dict=whole)
+        prepared.config.save_pretrained(written)
+        prepared.tokenizer.save_pretrained(written)
 
 
 def _finish(

@@ -101,6 +101,7 @@ def _make_ready(folder: RunFolder) -> _Ready:
     recipe, weights = folder.recipe(), folder.saved_weights()
     if weights != folder.adapter:
         raise UserError(f"{folder.path}: is full fine-tuning; its weights are not the base's")
+    folder.check_undamaged()
     config, task, tokenizer = open_saved(recipe, weights)
     plan = PruningPlan.load(folder.plan_file) if recipe.lean.prune is not None else None
     with told_in_a_line(f"{weights}: the adapter cannot be loaded"):

@@ -135,12 +135,15 @@ def test_a_stop_at_the_last_step_of_the_estimation(
 def test_a_stop_outside_training_stops_at_once(
     bert_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leantune.run import pipeline
+    from leantune.run import pipeline, preparing
 
     made = recipe(bert_folder, data_folder, tmp_path / "run")
-    for name, said in (("read_inputs", "nothing was written"), ("evaluate_split", "go on with: leantune")):
+    for module, name, said in (
+        (preparing, "read_inputs", "nothing was written"),
+        (pipeline, "evaluate_split", "go on with: leantune"),
+    ):
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+            patched.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(Interrupted, match=said) as caught:
                 leantune.train(made, console=quiet())
         assert caught.value.signal_number == signal.SIGTERM

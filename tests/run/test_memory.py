@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import leantune
 from leantune.errors import RunError
-from leantune.run import Interrupted, callbacks, lean, pipeline
+from leantune.run import Interrupted, callbacks, lean, pipeline, stages
 from leantune.run.checkpoints import newest_complete
 from leantune.run.folder import RunFolder
 from leantune.run.parts import is_out_of_memory, parts_of
@@ -76,7 +76,7 @@ class Limit:
 def train(monkeypatch: pytest.MonkeyPatch, made: Any, limit: Limit | None, **options: Any) -> tuple[Any, str]:
     """A run in float64, under a limit that begins once training does."""
     attach, console = lean.attach, quiet()
-    pruned, began = pipeline.pruned_model, pipeline._run
+    pruned, began = pipeline.pruned_model, stages._run
 
     def prepared(build: Any) -> Any:
         return lambda *args: build(*args).double()
@@ -89,7 +89,7 @@ def train(monkeypatch: pytest.MonkeyPatch, made: Any, limit: Limit | None, **opt
     with monkeypatch.context() as patched:
         patched.setattr(lean, "attach", prepared(attach))
         patched.setattr(pipeline, "pruned_model", prepared(pruned))
-        patched.setattr(pipeline, "_run", limited)
+        patched.setattr(stages, "_run", limited)
         done = leantune.train(made, console=console, **options)
     return done, printed(console)
 
@@ -248,13 +248,13 @@ import resource, sys, torch
 from pathlib import Path
 from transformers import BertConfig, BertModel
 import leantune
-from leantune.run import pipeline
+from leantune.run import stages
 from tests.conftest import make_tokenizer
 from tests.run.support import recipe
 
 torch.set_num_threads(1)
 place, spare = Path(sys.argv[1]), int(sys.argv[2])
-began = pipeline._run
+began = stages._run
 
 def limited(*args):
     if spare:  # what the process has by now, and so much more
@@ -262,7 +262,7 @@ def limited(*args):
         resource.setrlimit(resource.RLIMIT_AS, (used + spare * 2**20,) * 2)
     return began(*args)
 
-pipeline._run = limited
+stages._run = limited
 lean = {"adapter": {"type": "lora", "r": 4}}
 train = {"batch_size": 96, "steps": 4, "eval_batch_size": 24}
 made = recipe(place / "base", place / "data", place / f"run-{spare}", lean, train=train)

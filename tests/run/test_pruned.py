@@ -125,7 +125,7 @@ def test_killed_between_the_stages(
         with pytest.raises(KeyboardInterrupt):
             leantune.train(made, console=quiet())
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_estimate", lambda *_: pytest.fail("estimated again"))
+        patched.setattr(pipeline, "estimate", lambda *_: pytest.fail("estimated again"))
         leantune.train(made, resume=True, console=quiet())
     whole = recipe(bert_folder, data_folder, tmp_path / "whole", PRUNED["lora+light-peft"])
     leantune.train(whole, console=quiet())

@@ -100,9 +100,9 @@ def test_heads_stay_whole_and_are_trained(
         made = recipe(
             wide_bert, data_folder, tmp_path / "x", {"adapter": ADAPTERS[adapter], "quantize": which}
         )
-        from leantune.run.pipeline import _prepare
+        from leantune.run.preparing import prepare
 
-        model = _prepare(made, quiet()).model
+        model = prepare(made, quiet()).model
         starts.append(model.get_submodule("base_model.model.classifier.original_module").weight)
     assert torch.equal(*starts), "the same seed draws the same head"
     made = recipe(

@@ -25,7 +25,7 @@ from leantune.run.estimation import training_steps
 from leantune.run.facts import hardware, versions
 from leantune.run.folder import write_json
 from leantune.run.inputs import Inputs, read_inputs
-from leantune.run.pipeline import Interrupted
+from leantune.run.stopping import Interrupted
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leantune.recipes import Recipe
 from leantune.run import processes
+from leantune.run.folder import RunFolder
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,6 +22,17 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.signal_number = signal_number
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the person asked for it
+    """A run was stopped by a signal; its checkpoint is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.signal_number)
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - not an error: the person asked for it
@@ -101,3 +115,11 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
+
+
+def go_on(recipe: Recipe) -> str:
+    """What to tell a person whose run has stopped."""
+    again = ["leantune", "train", str(RunFolder(recipe.output).recipe_file), "--resume"]
+    if processes.count() > 1:
+        again += ["--processes", str(processes.count())]
+    return f"go on with: {shlex.join(again)}"

@@ -34,7 +34,7 @@ def test_other_fields_that_mean_nothing(field: dict[str, Any]) -> None:
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     keep=st.one_of(st.integers(1, 45), st.floats(0.01, 1.0)),
-    strategy=st.sampled_from(["random", "supervised"]),
+    strategy=st.sampled_from(["random", "span", "supervised"]),
     seed=st.integers(0, 10**6),
 )
 def test_exact_number_inside_the_row_with_a_supervised_one(
@@ -55,6 +55,27 @@ def test_exact_number_inside_the_row_with_a_supervised_one(
         assert not wanted.any() or wanted[picked].any()
         if strategy == "supervised":
             assert wanted[picked].sum() == min(len(picked), int(wanted.sum()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 40), left=st.integers(0, 9), keep=st.integers(1, 45), seed=st.integers(0, 10**6))
+def test_a_span_is_consecutive_and_holds_a_label(size: int, left: int, keep: int, seed: int) -> None:
+    place = torch.arange(50)
+    real = (place >= left) & (place < left + size)
+    first, last = sorted(torch.randint(size, (2,), generator=torch.Generator().manual_seed(seed)).tolist())
+    supervised = (place >= left + first) & (place <= left + last)
+    candidates = Candidates(real[None], supervised[None])
+    row = choose(TokenTuneConfig(keep, "span"), candidates, generator_for(seed, 0, 0))[0]
+    assert row.tolist() == list(range(int(row[0]), int(row[0]) + min(keep, size)))
+    assert real[row].all() and supervised[row].any()
+
+
+def test_spans_begin_everywhere_they_may() -> None:
+    real = torch.ones(4000, 10, dtype=torch.bool)
+    supervised = real & (torch.arange(10) >= 5)
+    choice = choose(TokenTuneConfig(3, "span"), Candidates(real, supervised), generator_for(0, 0, 0))
+    share = torch.bincount(choice[:, 0], minlength=10) / 4000
+    assert (share - torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 0]) / 5).abs().max() < 0.05
 
 
 def test_choice_depends_on_seed_step_and_rank_only() -> None:

@@ -168,7 +168,7 @@ class TokensRecipe(Strict):
     keep: Annotated[int | float, BeforeValidator(_tokens_to_keep)] = Field(
         0.25, description="tokens a sequence (a whole number) or share of its tokens (up to 1.0)"
     )
-    strategy: Literal["random", "supervised", "loss", "attention", "norm"] = "random"
+    strategy: Literal["random", "span", "supervised", "loss", "attention", "norm"] = "random"
 
 
 def _ratio(value: Any) -> Any:

@@ -11,8 +11,8 @@ from leantune.tokentune.attach import (
     token_state,
     token_tune,
 )
-from leantune.tokentune.collate import CHOOSE_AHEAD, ChoosingCollator
-from leantune.tokentune.config import STRATEGIES, TokenTuneConfig
+from leantune.tokentune.collate import ChoosingCollator
+from leantune.tokentune.config import CHOOSE_AHEAD, STRATEGIES, TokenTuneConfig
 
 __all__ = [
     "STRATEGIES",

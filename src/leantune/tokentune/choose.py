@@ -55,8 +55,8 @@ def choose(
         part: (first row, rows in all) if these rows are a part of a batch: the choice is that for the whole.
 
     In this order: the pooled token; one supervised token (so that no row is without loss); the special token;
-    with `supervised`, the other supervised ones; the rest by score, or uniformly. Padding never, except a
-    pooled position that the model itself reads.
+    with `supervised`, the other supervised ones; with `span`, those of its window; the rest by score, or
+    uniformly. Padding never, except a pooled position that the model itself reads.
 
     Returns:
         (batch, k) int64, ascending, padded at the end with -1 where a row has fewer; k is the longest row's.
@@ -68,6 +68,11 @@ def choose(
     draw = torch.rand((total, real.size(1)), generator=generator, dtype=torch.float64)
     draw = draw[start : start + len(real)].to(real.device)
     priority = draw if candidates.score is None else _ranked(candidates.score, draw)  # in [0, 1)
+    count = config.count(real.sum(1))
+    if config.strategy == "span":
+        place = torch.rand(total, generator=generator, dtype=torch.float64)[start : start + len(real)]
+        bearing = real if candidates.supervised is None else candidates.supervised & real
+        priority = (priority + _window(real, bearing, count, place.to(real.device))) / 2
     supervised = candidates.supervised
     if supervised is not None:
         supervised = supervised & real
@@ -80,8 +85,31 @@ def choose(
     if candidates.pooled is not None:
         pooled = candidates.pooled[:, None]
         priority = priority.scatter_add(1, pooled, priority.new_full(pooled.shape, 8.0))
-    count = config.count(real.sum(1))
     return _top(priority.masked_fill(~real, -1.0), count)
+
+
+def _window(real: Tensor, bearing: Tensor, count: Tensor, place: Tensor) -> Tensor:
+    """One window of consecutive real tokens a row, of which one at least lies between the first and the last
+    that bear a label.
+
+    Args:
+        real: (batch, n) bool.
+        bearing: (batch, n) bool, a part of `real`; a row without any has its window anywhere.
+        count: (batch,) int64, the window's width.
+        place: (batch,) float in [0, 1): which of the possible beginnings.
+
+    Returns:
+        (batch, n) bool.
+    """
+    number = real.long().cumsum(1) - 1  # (batch, n): the how-manieth real token, from 0
+    length = real.sum(1)
+    bearing = torch.where(bearing.any(1, keepdim=True), bearing, real)
+    first = number.masked_fill(~bearing, real.size(1)).amin(1)
+    last = number.masked_fill(~bearing, -1).amax(1)
+    lowest = (first - count + 1).clamp_min(0)
+    highest = torch.minimum(last, length - count).clamp_min(lowest)
+    begin = lowest + (place * (highest - lowest + 1)).long()
+    return real & (number >= begin[:, None]) & (number < (begin + count)[:, None])
 
 
 def _ranked(score: Tensor, draw: Tensor) -> Tensor:

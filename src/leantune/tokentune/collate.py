@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from leantune.anatomy import TOKENWISE, decoder_inputs, find_head
 from leantune.errors import UserError
+from leantune.tokentune.config import CHOOSE_AHEAD
 from leantune.tokentune.forward import IGNORED, Choosing, TokenTuner
-
-# Strategies that need nothing of a forward pass.
-CHOOSE_AHEAD = ("random", "supervised")
 
 
 class ChoosingCollator:
@@ -50,7 +48,7 @@ class ChoosingCollator:
         if tuner.config.strategy not in CHOOSE_AHEAD:
             raise UserError(
                 f"strategy={tuner.config.strategy!r} needs scores from a forward; in a collator only "
-                "'random' and 'supervised' can choose"
+                f"{', '.join(CHOOSE_AHEAD)} can choose"
             )
         self.tuner, self.collator, self.calls = tuner, collator, tuner.step
         tuner.collators.append(self)

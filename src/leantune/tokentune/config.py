@@ -11,8 +11,10 @@ from torch import Tensor
 
 from leantune.errors import UserError
 
-Strategy = Literal["random", "supervised", "loss", "attention", "norm"]
+Strategy = Literal["random", "span", "supervised", "loss", "attention", "norm"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+# Those that need nothing of a forward pass.
+CHOOSE_AHEAD = ("random", "span", "supervised")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,11 @@ class TokenTuneConfig:
         keep: An int: that many tokens per sequence (or all of a shorter one). A float in (0, 1]: that
             fraction of the sequence's real (unpadded) length r, exactly ⌊keep · r + ½⌋ tokens and at least
             one. Beware that `1` is one token and `1.0` is all of them.
-        strategy: `random`: uniform (the paper). `supervised`: tokens that bear a label first, uniform among
-            them. `loss`: the highest loss first. `attention`: first those that get most attention in the last
-            layer, from the position that feeds the head (where no one position does, from all in the mean).
-            `norm`: the largest hidden state before the last layer first.
+        strategy: `random`: uniform (the paper). `span`: consecutive ones, among them one that bears a label;
+            so what they attend to most, their neighbours, is chosen with them. `supervised`: tokens that bear
+            a label first, uniform among them. `loss`: the highest loss first. `attention`: first those that
+            get most attention in the last layer, from the position that feeds the head (where no one position
+            does, from all in the mean). `norm`: the largest hidden state before the last layer first.
         seed: Of the draw, together with the step and the process's rank.
         checkpointed_kv: With gradient checkpointing, whether the keys and values of all tokens are made again
             for the backward pass (`recompute`: least memory, one more forward without gradient) or kept

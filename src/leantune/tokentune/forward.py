@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from leantune.anatomy import TOKENWISE, Side, decoder_inputs
 from leantune.errors import UserError
 from leantune.tokentune.choose import Candidates, choose, generator_for
-from leantune.tokentune.config import TokenTuneConfig
+from leantune.tokentune.config import CHOOSE_AHEAD, TokenTuneConfig
 from leantune.tokentune.plan import Plan
 from leantune.tokentune.record import Recording
 from leantune.tokentune.rows import Rows
@@ -199,7 +199,7 @@ class Choosing:
         given = self.targets.get("token_choice")
         if given is not None and side == "decoder":
             self.choices[side] = _checked(given.to(device), batch, n)
-        elif self.config.strategy in ("random", "supervised"):
+        elif self.config.strategy in CHOOSE_AHEAD:
             self.choices[side] = self._choose(side, candidates)
         else:
             self.waiting[side] = candidates

@@ -40,7 +40,7 @@ from leantune.run.models import head_modules, load_base, new_modules, quiet_tran
 from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.quantization import check_installed, weight_bytes
-from leantune.run.sharding import whole_weights
+from leantune.run.sharding import check_shareable, whole_weights
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing
@@ -181,7 +181,7 @@ def _look(folder: RunFolder, recipe: Recipe, resume: bool, overwrite: bool) -> d
 
 def _prepare(recipe: Recipe, console: Console) -> _Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
-    lean.check_together(recipe)
+    check_shareable(recipe)
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
     with console.status("reading data and model"):
@@ -265,7 +265,7 @@ def _estimate(
     )
     _prepare_adapter(trainer, recipe, prepared.encoded["train"])
     _run(trainer, recipe, stop, progress, _checkpoint(folder.estimation, resume, console))
-    processes.from_main(lambda: write_plan(folder, prepared.model, recipe, console))
+    write_plan(folder, prepared.model, recipe, console)
 
 
 def _watching(*callbacks: TrainerCallback) -> list[TrainerCallback]:

@@ -22,7 +22,7 @@ class Team:
 
     def __init__(self, count: int, work: Callable[..., Any], *args: Any, **environment: str) -> None:
         context = multiprocessing.get_context("fork")
-        port = _free_port()
+        port = free_port()
         self.members, self._ends = [], []
         for rank in range(count):
             here, there = context.Pipe(duplex=False)
@@ -82,7 +82,8 @@ def _run(
     os._exit(0)  # nothing of pytest's own is to happen here
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,29 +16,32 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import leantune
+from leantune.anatomy import find_head, find_stacks
 from leantune.errors import RunError, UserError
 from leantune.run import Interrupted, callbacks, lean, processes
 from leantune.run.checkpoints import newest_complete
 from leantune.run.folder import RunFolder
-from tests.conftest import requests, write_jsonl
+from leantune.run.sharding import check_shareable
+from tests.conftest import make_tokenizer, requests, write_jsonl
 from tests.run.support import SETTINGS, printed, quiet, recipe
-from tests.together import Team, together
+from tests.tiny_models import tiny
+from tests.together import Team, free_port, together
 
 ROWS = 43  # the last batch of eight has three: the second process has none of its own there
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def base(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without dropout, which no two settings could draw alike."""
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout, which no two settings could draw alike; with weights that all make a difference."""
     folder = tmp_path_factory.mktemp("still") / "bert"
-    shutil.copytree(bert_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    tiny("bert", "base", dtype=torch.float32, num_hidden_layers=2).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -52,23 +54,24 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def still(name: str) -> dict[str, Any]:
-    """A method's settings without chance: no dropout, all tokens."""
+    """A method's settings without chance: no dropout, tokens chosen by what the model makes of them."""
     settings = json.loads(json.dumps(SETTINGS[name]))
     settings["adapter"].pop("dropout", None)
     if "tokens" in settings:
-        settings["tokens"]["keep"] = 1.0
+        settings["tokens"] = {"keep": 0.5, "strategy": "norm"}
     return settings
 
 
 def train(made: Any, resume: bool = False, *planted: TrainerCallback) -> tuple[dict[str, Any], int, str]:
     """In one of the processes: metrics, the size of the world while training, what was printed."""
     seen, console = Seen(), quiet()
-    needed = lean.callbacks
+    needed, first = lean.callbacks, lean.estimation_callbacks
     lean.callbacks = lambda recipe: [*planted, seen, *needed(recipe)]
+    lean.estimation_callbacks = lambda recipe: [*planted, *first(recipe)]
     try:
         metrics = leantune.train(made, resume=resume, console=console).metrics
     finally:
-        lean.callbacks = needed
+        lean.callbacks, lean.estimation_callbacks = needed, first
     return metrics, seen.world, printed(console)
 
 
@@ -102,30 +105,55 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "evaluation" not in line]
 
 
-def same_as_one(base: Path, rows: Path, place: Path, settings: dict[str, Any], **train_keys: Any) -> None:
-    """Two processes with batches of 4 against one with batches of 8.
+@pytest.fixture(scope="module")
+def compare(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Several processes with batches of 4 against one with as many rows in a batch.
 
     Vectors that are computed from data may come out with the other sign: then losses decide.
     """
+    ran: dict[str, tuple[Path, dict[str, Any]]] = {}  # alone
 
-    def made(name: str, size: int) -> Any:
-        keys = {"batch_size": size, "learning_rate": 1e-3, "epochs": 1, **train_keys}
-        return recipe(base, rows, place / name, settings, train=keys)
+    def made(settings: dict[str, Any], size: int, keys: dict[str, Any]) -> Any:
+        place = tmp_path_factory.mktemp("compare") / "run"
+        return recipe(
+            base,
+            rows,
+            place,
+            settings,
+            train={"batch_size": size, "learning_rate": 1e-3, "epochs": 1, **keys},
+        )
 
-    alone = leantune.train(made("one", 8), console=quiet()).metrics
-    (metrics, world, told), (others, other_world, other_told) = together(2, train, made("two", 4))
-    assert world == other_world == metrics["processes"] == 2
-    assert not others and not other_told
-    assert told.count("forecast: ") == 1
-    assert alone["parameters"] == metrics["parameters"]
-    assert alone["steps"] == metrics["steps"]
-    assert losses(place / "two") == pytest.approx(losses(place / "one"), rel=1e-5)
-    one, two = weights(place / "one"), weights(place / "two")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items() if settings["adapter"].get("init", "svd") == "svd" else ():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=3e-4)
-    found = metrics["evaluation"]["test"]
-    assert found == pytest.approx(alone["evaluation"]["test"], rel=1e-3)
+    def alone(*asked: Any) -> tuple[Path, dict[str, Any]]:
+        if (key := json.dumps(asked, sort_keys=True)) not in ran:
+            run = leantune.train(made(*asked), console=quiet())
+            ran[key] = run.folder, run.metrics
+        return ran[key]
+
+    def as_one(
+        settings: dict[str, Any],
+        *planted: TrainerCallback,
+        count: int = 2,
+        shared: dict[str, Any] | None = None,
+        **keys: Any,
+    ) -> None:
+        first, expected = alone(settings, 4 * count, keys)
+        several = made(settings, 4, keys | (shared or {}))
+        (metrics, world, told), *others = together(count, train, several, False, *planted)
+        assert world == metrics["processes"] == count
+        assert others == [({}, count, "")] * (count - 1)
+        assert told.count("forecast: ") == 1
+        assert metrics["parameters"] == expected["parameters"]
+        assert metrics["steps"] == expected["steps"]
+        second = Path(several.output)
+        assert losses(second) == pytest.approx(losses(first), rel=2e-6)
+        one, two = weights(first), weights(second)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items() if settings["adapter"].get("init", "svd") == "svd" else ():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
+        found = metrics["evaluation"]["test"]
+        assert found == pytest.approx(expected["evaluation"]["test"], rel=1e-3)
+
+    return as_one
 
 
 QUICK = ("lean",)
@@ -134,7 +162,7 @@ QUICK = ("lean",)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SETTINGS]
 )
-def test_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+def test_as_one_process(name: str, compare: Any, base: Path, rows: Path, tmp_path: Path) -> None:
     settings = still(name)
     if settings.get("quantize") == "int8-torchao":
         made = recipe(base, rows, tmp_path / "run", settings)
@@ -144,13 +172,19 @@ def test_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> No
     if settings["adapter"].get("init") == "gradient":
         # a sum over rows, however they are dealt
         settings["adapter"] |= {"init": "activation", "init_b": "zero"}
-    same_as_one(base, rows, tmp_path, settings)
+    compare(settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "lean"])
-def test_with_accumulation(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
-    same_as_one(base, rows, tmp_path, still(name), gradient_accumulation_steps=2)
+def test_with_accumulation(name: str, compare: Any) -> None:
+    compare(still(name), gradient_accumulation_steps=2)
+
+
+@pytest.mark.slow
+def test_three_processes(compare: Any) -> None:
+    """Of an epoch's last seven rows the second has three, the third none."""
+    compare(still("lean"), count=3)
 
 
 def test_stops_together_and_goes_on(bert_folder: Path, rows: Path, tmp_path: Path) -> None:
@@ -246,56 +280,84 @@ def test_out_of_memory_in_one(base: Path, rows: Path, tmp_path: Path) -> None:
 
 
 class Sharded(TrainerCallback):
-    """Looks whether each process really has but a part."""
+    """Looks whether each process really has but a part, and gathers layer by layer."""
 
     def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        from torch.distributed.tensor import DTensor
-
         parameters = list(model.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         held = sum(parameter.to_local().numel() for parameter in parameters)
         assert held < 0.6 * sum(parameter.numel() for parameter in parameters)
+        stacks = find_stacks(find_head(model))
+        assert all(isinstance(layer, FSDPModule) for stack in stacks for layer in stack.layers)
+
+
+KEPT = {"fsdp_config": {"reshard_after_forward": False}}  # layers stay whole from the forward pass on
+# Method, what only the several processes are told, what all are.
+FSDP: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("lean", {}, {}),
+    ("lean", KEPT, {"gradient_checkpointing": True}),
+    ("lean", {}, {"gradient_accumulation_steps": 2}),
+    ("full", {}, {}),
+    ("full", KEPT, {"gradient_checkpointing": True}),
+    ("lora", {}, {"gradient_checkpointing": True}),
+    ("lamda", {}, {}),
+    ("lamda", {}, {"gradient_checkpointing": True}),
+    ("bottleneck", {}, {}),
+    ("tokentune", {}, {}),
+    ("tokentune", KEPT, {}),
+    ("lora+tokentune", {}, {"gradient_checkpointing": True}),
+    ("lora+light-peft", {}, {}),
+    ("lamda+light-peft", {}, {}),
+    ("bottleneck+light-peft", {}, {"gradient_checkpointing": True}),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "keys"),
+    [pytest.param(*FSDP[0]), *(pytest.param(*c, marks=pytest.mark.slow) for c in FSDP[1:])],
+)
+def test_fsdp_as_one_process(name: str, shared: dict[str, Any], keys: dict[str, Any], compare: Any) -> None:
+    """FSDP2, with parameters in pieces in both stages of a run: the result of one process."""
+    compare(still(name), Sharded(), shared={"fsdp": True, **shared}, **keys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "lora", "lamda"])
-def test_fsdp_as_one_process(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
-    """FSDP2 with parameters in pieces: the result of one process; stopped and resumed, the same bits."""
+def test_fsdp_in_three_processes(compare: Any) -> None:
+    compare(still("lean"), Sharded(), count=3, shared={"fsdp": True})
 
-    def made(place: str, size: int, **keys: Any) -> Any:
-        keys = {"batch_size": size, "learning_rate": 1e-3, **keys}
-        return recipe(base, rows, tmp_path / place, still(name), train=keys)
 
-    alone = leantune.train(made("one", 8), console=quiet()).metrics
-    metrics, world, _ = together(2, train, made("two", 4, fsdp=True), False, Sharded())[0]
-    assert world == 2 and alone["steps"] == metrics["steps"]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=3e-4)
-    stop = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGTERM))
-    stopped = Team(2, train, made("halves", 4, fsdp=True), False, stop).results()
-    assert all(isinstance(result, Interrupted) for result in stopped), stopped
-    together(2, train, made("halves", 4, fsdp=True), True, Sharded())
-    halves = weights(tmp_path / "halves")
-    assert all(torch.equal(two[key], halves[key]) for key in two)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "step"), [("full", 8), ("lora", 8), ("lamda", 8), ("bottleneck", 8), ("lean", 3), ("lean", 8)]
+)
+def test_fsdp_stops_and_goes_on(name: str, step: int, bert_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A signal to the second process, in a run with dropout and drawn tokens; then the same bits."""
+
+    def made(place: str) -> Any:
+        keys = {"batch_size": 4, "fsdp": True}
+        return recipe(bert_folder, rows, tmp_path / place, SETTINGS[name], train=keys)
+
+    together(2, train, made("whole"), False, Sharded())
+    stop = At(step, 1, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = Team(2, train, made("halves"), False, stop).results()
+    assert {str(one).split(";")[0] for one in stopped} == {f"stopped after step {step}"}, stopped
+    assert RunFolder(tmp_path / "halves").plan_file.is_file() == (name == "lean" and step > 4)
+    told = together(2, train, made("halves"), True, Sharded())[0][2]
+    assert f"resuming from checkpoint-{step}" in told
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_what_fsdp_does_not_train(base: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def refused(name: str, **keys: Any) -> str:
         made = recipe(base, rows, tmp_path / "run", SETTINGS[name], train={"fsdp": True, **keys})
         with pytest.raises(UserError) as error:
-            lean.check_together(made)
+            check_shareable(made)
         return str(error.value)
 
     assert "start with --processes N" in refused("lora")
     monkeypatch.setattr(processes, "count", lambda: 2)
-    assert refused("lean").startswith("lean.prune: not with train.fsdp")
-    assert refused("tokentune").startswith("lean.tokens: not with train.fsdp")
-    assert refused("bottleneck").startswith("lean.adapter.type = 'bottleneck': not with train.fsdp")
-    assert refused("lora+int8").startswith("lean.quantize: not with")
-    assert refused("lora", gradient_checkpointing=True).startswith("train.gradient_checkpointing: not")
+    assert refused("lora+int8").startswith("lean.quantize = 'int8': not with train.fsdp")
     assert refused("lora", fsdp="full_shard").startswith("train.fsdp = 'full_shard': accepted is true")
     assert "with version 2" in refused("lora", fsdp_config={"version": 1})
     assert "accepted are" in refused("lora", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
@@ -316,6 +378,33 @@ def test_the_command(base: Path, rows: Path, tmp_path: Path) -> None:
     """One report, exit code 0."""
     made = recipe(base, rows, tmp_path / "run", still("lamda"), train={"batch_size": 4, "steps": 2})
     done = command(made, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("forecast: ") == done.stdout.count("Run folder: ") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("started", ["torchrun", "accelerate"])
+def test_other_launchers(started: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    """As docs/processes.md says; the port alone is chosen here, not to meet another test."""
+    keys = {"batch_size": 4, "steps": 2, "fsdp": True}
+    made = recipe(base, rows, tmp_path / "run", still("lean"), train=keys)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made.to_dict()))
+    port = str(free_port())
+    lines = {
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port],
+        "accelerate": [
+            *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", port)
+        ],
+    }
+    program, *options = [*lines[started], "-m", "leantune.cli", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / program), *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | ({"ACCELERATE_USE_CPU": "true"} if started == "accelerate" else {}),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("forecast: ") == done.stdout.count("Run folder: ") == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2

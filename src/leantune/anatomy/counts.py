@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from leantune.anatomy import projections as table
+from leantune.anatomy.leaves import class_of
 from leantune.anatomy.units import Attribute
 from leantune.errors import UserError
 
@@ -67,7 +68,7 @@ def neuron_attributes(name: str, module: nn.Module, count: int) -> Iterator[Attr
 
 
 def _unknown(name: str, module: nn.Module, key: str, value: int) -> UserError:
-    kind = type(module).__name__
+    kind = class_of(module).__name__
     return UserError(
         f"{name} ({kind}): its code reads {key}={value}, and leantune does not know what it means"
     )
@@ -106,7 +107,7 @@ def reads(module: nn.Module) -> Reads:
     Raises:
         UserError: There is no code to be seen.
     """
-    cls: Any = type(module)
+    cls: Any = class_of(module)
     return _reads(cls)
 
 

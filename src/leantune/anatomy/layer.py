@@ -9,7 +9,7 @@ from torch import nn
 
 from leantune.anatomy import projections as table
 from leantune.anatomy.counts import head_attributes, neuron_attributes, reads
-from leantune.anatomy.leaves import Leaf, resolve, walk
+from leantune.anatomy.leaves import Leaf, class_of, resolve, walk
 from leantune.anatomy.units import Attribute, Cut, Group
 from leantune.errors import UserError
 
@@ -59,19 +59,19 @@ class _Reader:
         neurons = [b for path, m in self.holders.items() if (b := self._forward(path, m)) is not None]
         for path, leaf in self.leaves.items():
             if path not in self.claimed:
-                kind = type(leaf.module).__name__
+                kind = class_of(leaf.module).__name__
                 raise UserError(f"{leaf.name} ({kind}): leantune does not know this projection")
         self._check_parameters()
         for blocks, what in ((found, "attention"), (neurons, "feed-forward block")):
             if not blocks:
-                kind = type(self.layer).__name__
+                kind = class_of(self.layer).__name__
                 raise UserError(f"{self.name} ({kind}): no {what} whose projections leantune knows by name")
         return found + neurons
 
     # -- attention -------------------------------------------------------------------------------------------
 
     def _attention(self, path: str, module: nn.Module) -> Block | None:
-        kind = type(module).__name__
+        kind = class_of(module).__name__
         for row in table.APART:
             if found := self._claim(path, row.query, row.key, row.value, row.out):
                 return self._apart(path, module, *found)
@@ -133,7 +133,7 @@ class _Reader:
     ) -> Block:
         units = units or groups
         output = _in(out, heads // units * d)
-        name, kind = self._name(path), type(module).__name__
+        name, kind = self._name(path), class_of(module).__name__
         if kind in table.UNFIT:
             raise UserError(f"{name} ({kind}) cannot be pruned: {table.UNFIT[kind]}")
         if reads(module).fixed_width:
@@ -149,7 +149,7 @@ class _Reader:
         sizes = [getattr(module, n) for n in table.HEAD_DIM if type(getattr(module, n, None)) is int]
         counts = [getattr(module, n) for n in table.QUERY_HEADS if type(getattr(module, n, None)) is int]
         if not sizes and not counts:
-            where = f"{self._name(path)} ({type(module).__name__})"
+            where = f"{self._name(path)} ({class_of(module).__name__})"
             raise UserError(f"{where} says neither its head size nor its number of heads")
         d = sizes[0] if sizes else out.in_features // counts[0]
         if not d or out.in_features % d or (counts and counts[0] * d != out.in_features):
@@ -159,7 +159,7 @@ class _Reader:
     # -- feed-forward ----------------------------------------------------------------------------------------
 
     def _forward(self, path: str, module: nn.Module) -> Block | None:
-        fused = table.FUSED_FORWARD.get(type(module).__name__)
+        fused = table.FUSED_FORWARD.get(class_of(module).__name__)
         for row in (fused,) if fused is not None else table.FORWARD:
             if found := self._claim(path, *row.up, row.down):
                 *up, down = found
@@ -220,12 +220,14 @@ class _Reader:
                 reason = self._objection(path, holder, tuple(parameter.shape))
                 if reason:
                     shape = "×".join(map(str, parameter.shape))
-                    raise UserError(f"{self._name(path)}.{name} ({type(holder).__name__}, {shape}): {reason}")
+                    raise UserError(
+                        f"{self._name(path)}.{name} ({class_of(holder).__name__}, {shape}): {reason}"
+                    )
 
     def _objection(self, path: str, holder: nn.Module, shape: tuple[int, ...]) -> str | None:
         if all(size == 1 for size in shape):
             return None  # one factor for everything
-        norm = "norm" in type(holder).__name__.lower()
+        norm = "norm" in class_of(holder).__name__.lower()
         for inside, d in self.attention.items():
             if f"{path}.".startswith(f"{inside}.") and not (norm and shape == (d,)):
                 return "heads cannot be pruned around a parameter that is not per head feature"

@@ -24,6 +24,12 @@ def plain(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was made with: FSDP2 puts one of its own before it."""
+    classes = type(module).__mro__
+    return next(cls for cls in classes if not cls.__module__.startswith("torch.distributed."))
+
+
 def walk(root: nn.Module, name: str) -> tuple[dict[str, Leaf], dict[str, nn.Module]]:
     """Linear layers and all other modules under `root`, by path relative to it; `name` is root's own."""
     leaves: dict[str, Leaf] = {}

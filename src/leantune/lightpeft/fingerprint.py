@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leantune.anatomy import Group, find_head
 from leantune.errors import UserError
+from leantune.lightpeft.shared import whole
 
 _SAMPLES = 4  # weights of each output projection
 # bfloat16 keeps 8 bits: the same weights in another dtype differ by this much, relatively.
@@ -97,7 +98,7 @@ def plain_name(head: nn.Module, name: str) -> str:
 
 def _sample(weight: Tensor) -> tuple[float, ...]:
     """Weights along the diagonal, evenly spaced."""
-    weight = weight.detach()
+    weight = whole(weight.detach())
     steps = [(side - 1) * i // (_SAMPLES - 1) for side in weight.shape[:2] for i in range(_SAMPLES)]
     rows, columns = steps[:_SAMPLES], steps[_SAMPLES:]
     return tuple(float(weight[row, column]) for row, column in zip(rows, columns, strict=True))

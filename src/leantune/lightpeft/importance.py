@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from leantune.anatomy import find_head, find_stacks
 from leantune.errors import UserError
 from leantune.lightpeft.adapters import Axes, adapter_layers, adapter_output
-from leantune.lightpeft.masks import sum_over_processes
+from leantune.lightpeft.shared import sum_over_processes, whole
 
 
 class ModuleImportance:
@@ -167,8 +167,8 @@ class RankImportance:
         """Enter the gradients of a step, after they were clipped and before the optimizer uses them.
 
         Clipping scales all gradients of a step alike: ranks compare as they would without, the step weighs
-        less. DDP has averaged them, so all processes enter the same. A step with a gradient that is not
-        finite is left out, as the loss scaler leaves it out.
+        less. DDP and FSDP2 have averaged them, so all processes enter the same. A step with a gradient that
+        is not finite is left out, as the loss scaler leaves it out.
         """
         if not self.active:
             return
@@ -222,7 +222,7 @@ class RankImportance:
             tensor = self._tensor(layer, tensor_name)
             if tensor is None or tensor.grad is None:
                 continue
-            products = _whole(tensor).to(scores) * _whole(tensor.grad).to(scores)
+            products = whole(tensor).to(scores) * whole(tensor.grad).to(scores)
             for axis in (i for i, label in enumerate(axes) if label == "rank"):
                 rows = products.movedim(axis, 0).reshape(products.shape[axis], -1)  # (r, …)
                 score = rows.abs().sum(1) if self.variant == "terms" else rows.sum(1).abs()
@@ -282,11 +282,6 @@ def _norm(x: Tensor) -> Tensor:
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP keeps in pieces."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _measured(count: Tensor, what: str) -> Tensor:

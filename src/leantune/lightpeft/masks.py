@@ -19,6 +19,7 @@ from leantune.anatomy import find_head
 from leantune.anatomy.blocks import Group
 from leantune.errors import UserError
 from leantune.lightpeft.config import LightPeftConfig
+from leantune.lightpeft.shared import processes, sum_over_processes
 
 
 class Masks:
@@ -170,16 +171,3 @@ class _Scale(torch.autograd.Function):
 
 def _times(x: Tensor, mask: Tensor) -> Tensor:
     return (x.unflatten(-1, (len(mask), -1)) * mask.to(x.dtype)[:, None]).flatten(-2)
-
-
-def processes() -> int:
-    """How many processes train together."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place; every process must call it."""
-    if processes() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leantune.errors import UserError
 from leantune.lightpeft.adapters import Axes, adapter_axes, adapter_config, adapter_layers
+from leantune.lightpeft.shared import whole
 from leantune.lightpeft.surgery import ModuleCut
 
 _ROOT = "base_model.model."
@@ -68,14 +69,16 @@ class Adapter:
 
 
 def take(model: nn.Module) -> Adapter:
-    """The model's one adapter, its tensors copied.
+    """The model's one adapter, its tensors copied (whole, where processes share them).
 
     Raises:
         UserError: There is none, or there are several.
     """
     name, config = adapter_config(model)
     state = get_peft_model_state_dict(model, adapter_name=name)
-    return Adapter(copy.deepcopy(config), {key: value.detach().clone() for key, value in state.items()})
+    return Adapter(
+        copy.deepcopy(config), {key: whole(value.detach()).clone() for key, value in state.items()}
+    )
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:

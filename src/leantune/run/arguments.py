@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from leantune.errors import UserError
 from leantune.recipes import Recipe
 from leantune.recipes.training_arguments import current_names, translate
 from leantune.run import processes
+from leantune.run.models import quiet_transformers
 
 KEPT_CHECKPOINTS = 2
 
@@ -61,8 +63,11 @@ def training_arguments(
     values = current_names(defaults) | translate(recipe.train) | own
     if processes.count() == 1:  # a run that was shared out is evaluated in one process
         values = {key: value for key, value in values.items() if key not in ("fsdp", "fsdp_config")}
+    # transformers advises against its checkpointing with FSDP: version 1 gathers once more for it, 2 does not
+    quiet = quiet_transformers() if values.get("fsdp") else nullcontext()
     try:
-        arguments = TrainingArguments(**values)
+        with quiet:
+            arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(_which_key(recipe, str(error).strip().split("\n")[0])) from None
     if arguments.n_gpu > 1:

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import nn
 from transformers import PretrainedConfig
 
-from leantune.lightpeft import PruningPlan
+from leantune.errors import UserError
+from leantune.lightpeft import Adapter, PruningPlan
 from leantune.recipes import Recipe
 from leantune.run import lean, processes
 from leantune.run.folder import RunFolder, whole_folder
@@ -46,14 +47,25 @@ def training_steps(recipe: Recipe, rows: int) -> int:
 
 
 def write_plan(folder: RunFolder, model: nn.Module, recipe: Recipe, console: Console) -> None:
-    """Decide what goes and write it down; the plan's folder appears last and says that the stage is done."""
-    plan = lean.pruning_plan(model, recipe)
-    adapter = lean.shrunk_adapter(model, plan)
+    """Decide what goes and write it down; the plan's folder appears last and says that the stage is done.
+
+    Every process must call it: what FSDP2 shares out is gathered tensor by tensor. All know the same, so all
+    decide alike; the main one writes.
+    """
+    try:
+        plan = lean.pruning_plan(model, recipe)
+        adapter = lean.shrunk_adapter(model, plan)
+    except UserError as error:
+        raise processes.shared(error) from None
+    processes.from_main(lambda: _write(folder, plan, adapter))
+    console.print(str(plan), highlight=False)
+
+
+def _write(folder: RunFolder, plan: PruningPlan, adapter: Adapter) -> None:
     with whole_folder(folder.warm_start, sealed=True) as place:
         adapter.save(place)
     with whole_folder(folder.pruning, sealed=True) as place:
         plan.save(place / folder.plan_file.name)
-    console.print(str(plan), highlight=False)
 
 
 def pruned_model(folder: RunFolder, recipe: Recipe, task: Task, config: PretrainedConfig) -> nn.Module:

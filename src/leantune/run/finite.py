@@ -30,7 +30,7 @@ class FiniteTrainer(FittingTrainer):
         if self.accelerator.scaler is None:  # else an overflow is ordinary, and the scaler skips the step
             seen = seen + torch.as_tensor(norm, device=seen.device)
         # one number is read from the device; the log reads two a step in any case
-        if not math.isfinite(together(seen)):
+        if processes.any_of(int(not math.isfinite(seen))):
             if self.on_nan == "stop":
                 raise processes.shared(RunError(self._what_is_not_finite()))
             self._skip_step(model)
@@ -87,10 +87,3 @@ class FiniteTrainer(FittingTrainer):
             self._skipped_now = False
             logs = {"learning_rate": logs["learning_rate"], "skipped": 1.0}
         super().log(logs, *args, **kwargs)
-
-
-def together(value: torch.Tensor) -> float:
-    """The sum over all processes, so that they all decide alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-    return float(value)

@@ -58,9 +58,6 @@ from leantune.tokentune import (
     token_tune,
 )
 
-# Of `train.fsdp_config`. Not state_dict_type: sharded checkpoints come with a pickle.
-FSDP_KEYS = {"version", "reshard_after_forward", "transformer_layer_cls_to_wrap"}
-
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -104,48 +101,6 @@ ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback]
     "lora": (_lora, (AdaLoraBudget,)),
     "bottleneck": (_bottleneck, ()),
 }
-
-
-def check_together(recipe: Recipe) -> None:
-    """What several processes cannot train, or cannot share out (FSDP2).
-
-    Raises:
-        UserError: The recipe asks for it.
-    """
-    settings = recipe.train.model_extra or {}
-    if settings.get("fsdp") or settings.get("fsdp_config") is not None:
-        _check_sharded(recipe, settings)
-    if processes.count() > 1 and recipe.lean.quantize == "int8-torchao":
-        raise UserError(
-            "lean.quantize = 'int8-torchao': torchao's weights cannot be sent between processes; with "
-            "several, take int8 (bitsandbytes), or train in one"
-        )
-
-
-def _check_sharded(recipe: Recipe, settings: dict[str, Any]) -> None:
-    """Refuse what FSDP2 was not seen to train as one process does."""
-    config, lean = settings.get("fsdp_config") or {}, recipe.lean
-    if settings.get("fsdp") is not True:
-        raise UserError(
-            f"train.fsdp = {settings.get('fsdp')!r}: accepted is true (its settings: fsdp_config)"
-        )
-    if processes.count() == 1:
-        raise UserError("train.fsdp: shares the model out over several processes: start with --processes N")
-    if not isinstance(config, dict) or not config.keys() <= FSDP_KEYS or config.get("version", 2) != 2:
-        accepted = ", ".join(sorted(FSDP_KEYS))
-        raise UserError(f"train.fsdp_config = {config!r}: accepted are {accepted}, with version 2")
-    for what, present in (
-        ("lean.prune", lean.prune is not None),
-        ("lean.tokens", lean.tokens is not None),
-        ("lean.quantize", lean.quantize is not None),
-        (f"lean.adapter.type = {lean.adapter.type!r}", lean.adapter.type not in ("none", "lora", "lamda")),
-        ("train.gradient_checkpointing", bool(settings.get("gradient_checkpointing"))),
-    ):
-        if present:
-            raise UserError(
-                f"{what}: not with train.fsdp, which is for full fine-tuning, lora and lamda; without it "
-                "every process holds the whole model"
-            )
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:

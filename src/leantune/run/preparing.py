@@ -19,6 +19,7 @@ from leantune.run.arguments import training_arguments
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.models import head_modules, load_base, new_modules
 from leantune.run.quantization import check_installed
+from leantune.run.sharding import check_shareable
 from leantune.run.tasks import Task
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Prepared(Inputs):
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
     """What can go wrong with recipe, data and model goes wrong here, before anything is written."""
-    lean.check_together(recipe)
+    check_shareable(recipe)
     if recipe.lean.quantize is not None:
         check_installed(recipe.lean.quantize)
     with console.status("reading data and model"):

@@ -61,7 +61,7 @@ def estimate(job: Job) -> None:
     )
     _prepare_adapter(trainer, job)
     _run(trainer, job, progress, _checkpoint(job, job.folder.estimation))
-    processes.from_main(lambda: write_plan(job.folder, prepared.model, recipe, job.console))
+    write_plan(job.folder, prepared.model, recipe, job.console)
 
 
 def fit(job: Job) -> dict[str, Any]:

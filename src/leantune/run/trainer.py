@@ -25,7 +25,7 @@ from leantune.run.checkpoints import MANIFEST, WRITING, keep_newest, list_checkp
 from leantune.run.dealing import EpochSampler
 from leantune.run.facts import versions
 from leantune.run.finite import FiniteTrainer
-from leantune.run.sharding import shard_by_layers, shard_on_cpu
+from leantune.run.sharding import shard_by_layers, shard_on_cpu, tied_in_one
 from leantune.run.stopping import EvaluationStopped
 from leantune.run.tasks import Task
 
@@ -57,6 +57,10 @@ class LeanTrainer(FiniteTrainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpu(self.accelerator, self.args)
             self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with tied_in_one(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """With the collator for training."""

@@ -1,17 +1,21 @@
-"""Fill the measured tables of src/leantune/tokentune/README.md from benchmarks/results/*.json.
-
-python benchmarks/tokentune_card.py
-"""
+"""The measured tables of TokenTune's card, made from benchmarks/results/*.json (scripts/readme_tables.py)."""
 
 from __future__ import annotations
 
 import json
-import re
+import statistics
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-CARD = ROOT / "src" / "leantune" / "tokentune" / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).parent / "results"
+# Data set → what is kept of it, as its grid `tokentune-NAME` says.
+SETS = {
+    "trec": "30 %",
+    "sst2": "30 %",
+    "mrpc": "30 %",
+    "ag_news": "30 %",
+    "20newsgroups": "16 of 256",
+}
 
 
 def sweep() -> str:
@@ -33,7 +37,7 @@ def sweep() -> str:
             {name for rows in data["rows"].values() for name, (what, _) in rows.items() if what == kind}
         )
         lines += ["", f"<details><summary>{kind}: {len(names)}</summary>", "", ", ".join(names), "</details>"]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def steps() -> str:
@@ -46,18 +50,60 @@ def steps() -> str:
                 f"| {name} | {label} | {row['bytes'] / 2**20:.1f} | {row['bytes_ratio']:.3f} "
                 f"| {row['cpu_s']:.2f} | {row['cpu_s_ratio']:.2f} |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Rewrite the card."""
-    text = CARD.read_text()
-    for mark, table in (("SWEEP", sweep()), ("STEPS", steps())):
-        block = f"<!-- {mark} -->\n{table}\n<!-- /{mark} -->"
-        pattern = rf"@@{mark}@@|<!-- {mark} -->.*?<!-- /{mark} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.S)
-    CARD.write_text(text)
+def accuracy() -> str:
+    """Chosen tokens against all of them on real data: paired differences over seeds."""
+    lines = [
+        "| data, kept | method | seeds | all tokens: validation, test | by attention | by chance | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    means: dict[str, list[list[float]]] = {"full": [], "lora": []}
+    for name, kept in SETS.items():
+        rows = json.loads((RESULTS / f"tokentune-{name}.json").read_text())["rows"]
+        runs = {(row["variant"], row["seed"]): row["metrics"] for row in rows if "metrics" in row}
+        for method, found in means.items():
+            chosen = f"{method} keep {kept}"
+            differences = _differences(runs, method, chosen)
+            by_chance = _differences(runs, method, f"{chosen} random")
+            found.append([statistics.mean(values) for values in differences])
+            every = [metrics for (variant, _), metrics in runs.items() if variant == method]
+            less = next(metrics for (variant, _), metrics in runs.items() if variant == chosen)
+            kept_bytes = [metrics["memory"]["saved_activation_bytes"] for metrics in (less, every[0])]
+            cells = [
+                f"{name}, {kept}",
+                METHODS[method],
+                str(len(differences[0])),
+                ", ".join(_spread([_accuracy(metrics, split) for metrics in every]) for split in SPLITS),
+                ", ".join(_spread(values, sign="+") for values in differences),
+                ", ".join(_spread(values, sign="+") for values in by_chance) if by_chance[0] else "",
+                f"{kept_bytes[0] / kept_bytes[1]:.2f}×",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    for method, found in means.items():
+        average = ", ".join(f"**{statistics.mean(values):+.1f}**" for values in zip(*found, strict=True))
+        lines.append(f"| mean | {METHODS[method]} | | | {average} | | |")
+    return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    main()
+SPLITS = ("validation", "test")
+METHODS = {"full": "full fine-tuning", "lora": "LoRA r 8"}
+
+
+def _accuracy(metrics: dict[str, Any], split: str) -> float:
+    return 100 * metrics["evaluation"][split]["accuracy"]
+
+
+def _differences(runs: dict[tuple[str, int], Any], method: str, other: str) -> list[list[float]]:
+    """Accuracy of `other` less that of `method`, of each seed that has both: validation, test."""
+    seeds = [seed for variant, seed in runs if variant == other and (method, seed) in runs]
+    return [
+        [_accuracy(runs[other, seed], split) - _accuracy(runs[method, seed], split) for seed in seeds]
+        for split in SPLITS
+    ]
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"

@@ -19,6 +19,8 @@ from benchmarks.grid import table as grid_table  # noqa: E402
 from benchmarks.lamda_subspaces import table as subspaces_table  # noqa: E402
 from benchmarks.lightpeft_steps import table as steps_table  # noqa: E402
 from benchmarks.planner_advice import table as advice_table  # noqa: E402
+from benchmarks.tokentune_card import accuracy, sweep  # noqa: E402
+from benchmarks.tokentune_card import steps as tokentune_steps  # noqa: E402
 from leantune.methods import METHODS  # noqa: E402
 from leantune.report.capabilities import (  # noqa: E402
     Capabilities,
@@ -83,6 +85,11 @@ TABLES = {
         "lightpeft-steps": steps,
     },
     "src/leantune/planner/README.md": {"planner-advice": advice},
+    "src/leantune/tokentune/README.md": {
+        "tokentune-sweep": sweep,
+        "tokentune-steps": tokentune_steps,
+        "tokentune-accuracy": accuracy,
+    },
     "docs/experiments.md": {
         name: partial(grid, name)
         for name in (

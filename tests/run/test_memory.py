@@ -197,9 +197,10 @@ def test_one_row_that_does_not_fit(
 ) -> None:
     made = recipe(bert_folder, data_folder, tmp_path / "run", SETTINGS["lora"])
     with pytest.raises(
-        RunError, match=r"step 1: one row of \d+ tokens does not fit in memory: lower data.max_"
-    ):
+        RunError, match=r"step 1: one row of \d+ tokens does not fit in memory; it is forecast at "
+    ) as caught:
         train(monkeypatch, made, Limit(0))
+    assert "would fit by that: lean.tokens='{keep: 0.1}'" in str(caught.value)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

@@ -79,7 +79,7 @@ def advise(
     return Advice(
         tuple(forecast for _, forecast in ranked),
         {row.name: row.recipe for row, _ in ranked},
-        {row.name: _room(row, forecast, base, budget, forecaster) for row, forecast in ranked},
+        {row.name: how_far(row, forecast, base, budget, forecaster) for row, forecast in ranked},
     )
 
 
@@ -167,8 +167,8 @@ def _work(found: tuple[Row, Forecast]) -> float:
     return float(accumulation(row.recipe) * flops) if flops is not None else float("inf")
 
 
-def _room(row: Row, forecast: Forecast, base: Setting, budget: int, forecaster: Forecaster) -> Room:
-    """By the closed form, scaled so that it agrees with the row's own peak."""
+def how_far(row: Row, forecast: Forecast, base: Setting, budget: int, forecaster: Forecaster) -> Room:
+    """How far a setting could go; by the closed form, scaled so that it agrees with the row's own peak."""
     stage: Stage = "estimate" if forecast.largest is not forecast.train else "train"
     setting = replace(forecaster.setting(base, row), stage=stage)
     factor = (forecast.peak or 0) / max(1, estimate(setting).peak)

@@ -31,6 +31,7 @@ class FittingTrainer(Trainer):
 
     reduce_logits: Callable[..., torch.Tensor] | None = None
     say: Callable[[str], object] = staticmethod(lambda text: None)
+    would_fit: Callable[[int, int], str] = staticmethod(lambda rows, length: "lower the batch or the length")
     _share = 1.0  # with which the next loss enters
     _tokens_before: dict[str, int] | None = None  # the optimizer step in progress
     _dealt: Dealt | None = None  # the step's last batch, if it is an epoch's and not full
@@ -150,18 +151,19 @@ class FittingTrainer(Trainer):
         tried = min(rows, most or rows)
         length = inputs["input_ids"].size(-1)
         if tried == 1 or self.args.world_size > 1:
-            what = f"{tried} rows" if tried > 1 else "one row"
-            raise RunError(
-                f"step {self.state.global_step + 1}: {what} of {length} tokens does not fit in memory: lower "
-                "data.max_length, set train.gradient_checkpointing: true or model.dtype: bfloat16, or take "
-                "lean.tokens; fewer adapted layers (lean.adapter.target_modules) help, too"
-                + (", and a lower train.batch_size" if tried > 1 else "")
-            )
+            raise self.too_large(tried, length, training=bool(self._batches))
         fewer = math.ceil(tried / 2)
         self.say(
             f"out of memory with {tried} rows of {length} tokens at once: now {fewer}, the same batch a step"
         )
         return fewer
+
+    def too_large(self, rows: int, length: int, training: bool) -> RunError:
+        """The error of a batch that cannot be made smaller, with what would have fitted."""
+        what = f"{rows} rows of {length} tokens do" if rows > 1 else f"one row of {length} tokens does"
+        where = f"step {self.state.global_step + 1}" + ("" if training else ", evaluation")
+        helps = self.would_fit(rows, length) if training else "lower data.max_length"
+        return RunError(f"{where}: {what} not fit in memory; {helps}")
 
     @property
     def _rows_at_once(self) -> RowsAtOnce:

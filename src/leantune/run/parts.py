@@ -15,6 +15,9 @@ from transformers.trainer_callback import ExportableState
 
 Batch = dict[str, Any]
 
+# Of the CPU's allocator; of oneDNN, when there is no room for its scratchpad.
+_NO_MEMORY = ("not enough memory", "could not create a primitive")
+
 
 class RowsAtOnce(TrainerCallback, ExportableState):
     """How many rows go through the model at once; in the checkpoint, so that a resumed run splits alike.
@@ -37,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, the CPU's allocator or Python ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
         return True
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 

@@ -24,6 +24,7 @@ from leantune.run.tasks import Task
 
 if TYPE_CHECKING:
     from leantune.planner.run_forecast import RunForecast
+    from leantune.planner.sharing import Sharing
 
 LISTED = 5  # new modules that are told by name
 
@@ -59,14 +60,20 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
 def forecast(recipe: Recipe, prepared: Prepared) -> RunForecast:
     """What the run is going to take, by the closed form."""
     from leantune.planner.run_forecast import forecast_run  # which imports from here
-    from leantune.planner.sharing import Sharing
 
     packed = recipe.model.task == "causal-lm" and recipe.data.pack
     evaluates = "validation" in prepared.encoded
     cuda = torch.cuda.is_available()
-    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
-    sharing = Sharing(processes.count(), "fsdp" if sharded else "ddp")
+    sharing = sharing_of(recipe)
     return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda, sharing)
+
+
+def sharing_of(recipe: Recipe) -> Sharing:
+    """How the processes that train share the model."""
+    from leantune.planner.sharing import Sharing
+
+    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
+    return Sharing(processes.count(), "fsdp" if sharded else "ddp")
 
 
 def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:

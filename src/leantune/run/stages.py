@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from leantune.measure import PeakMemory, saved_activation_bytes
+from leantune.measure import PeakMemory, peak_rss, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.run import lean, processes
 from leantune.run.arguments import training_arguments
@@ -25,7 +26,7 @@ from leantune.run.facts import count_parameters
 from leantune.run.folder import RunFolder, whole_folder
 from leantune.run.models import quiet_transformers
 from leantune.run.parts import is_out_of_memory, parts_of, release
-from leantune.run.preparing import Prepared
+from leantune.run.preparing import Prepared, sharing_of
 from leantune.run.quantization import weight_bytes
 from leantune.run.sharding import whole_weights
 from leantune.run.stopping import Interrupted, StopOnSignal, go_on
@@ -119,7 +120,24 @@ def _trainer(
         train_collator=lean.train_collator(prepared.model, recipe, collator, prepared.task.counts_tokens),
         on_nan=recipe.train.on_nan,
         say=job.console.print,
+        would_fit=lambda rows, length: _would_fit(job, rows, length),
     )
+
+
+def _would_fit(job: Job, rows: int, length: int) -> str:
+    """What to tell a run of which so much does not fit in memory."""
+    from leantune.planner.rescue import what_would_fit  # which imports from here
+
+    cuda, before = torch.cuda.is_available(), job.prepared.bytes_before
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_rss()
+    had = peak if cuda or peak is None else peak - (before or 0)
+    found = None
+    try:
+        found = what_would_fit(job.recipe, job.prepared.config, rows, length, had, sharing_of(job.recipe))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return found or "nothing that leantune can forecast would: take a smaller model, or shorter texts"
 
 
 def _watching(*callbacks: TrainerCallback) -> list[TrainerCallback]:
@@ -178,9 +196,11 @@ def _saved_bytes(trainer: LeanTrainer, train: Dataset) -> int:
                     kept += saved_activation_bytes(model, part)
             return kept
         except Exception as error:
-            if most == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         release()
+        if most == 1:
+            raise trainer.too_large(1, batch["input_ids"].size(-1), training=True)
         most = math.ceil(most / 2)
 
 

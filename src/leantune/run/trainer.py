@@ -199,8 +199,12 @@ def build_trainer(
     train_collator: DataCollator | None = None,
     on_nan: str = "stop",
     say: Callable[[str], object] | None = None,
+    would_fit: Callable[[int, int], str] | None = None,
 ) -> LeanTrainer:
-    """A Trainer for the task, silent but for `callbacks`."""
+    """A Trainer for the task, silent but for `callbacks`.
+
+    `would_fit` is asked when so many rows of so many tokens are too large for memory.
+    """
     trainer = LeanTrainer(
         model=model,
         args=arguments,
@@ -216,6 +220,8 @@ def build_trainer(
     trainer.on_nan, trainer.reduce_logits = on_nan, task.reduce_logits
     if say is not None:
         trainer.say = say
+    if would_fit is not None:
+        trainer.would_fit = would_fit
     if not task.counts_tokens:
         # transformers takes a forward with **kwargs for one that divides by the number of items. Heads whose
         # loss is a mean over rows do not: micro-batches would add up instead of being averaged.

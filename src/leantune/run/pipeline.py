@@ -39,8 +39,8 @@ from leantune.run.loading import open_run
 from leantune.run.models import head_modules, load_base, new_modules, quiet_transformers
 from leantune.run.parts import is_out_of_memory, parts_of, release
 from leantune.run.prediction import sample_predictions
-from leantune.run.quantization import check_installed, weight_bytes
-from leantune.run.sharding import check_shareable, whole_weights
+from leantune.run.quantization import check_installed, make_shareable, weight_bytes
+from leantune.run.sharding import check_shareable, is_sharded, whole_weights
 from leantune.run.stopping import StopOnSignal, Stopped
 from leantune.run.tasks import Task
 from leantune.run.trainer import LeanTrainer, build_trainer, enable_checkpointing
@@ -193,6 +193,8 @@ def _prepare(recipe: Recipe, console: Console) -> _Prepared:
         set_seed(recipe.train.seed)
         before = resident_bytes()
         base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
+        if is_sharded(recipe):
+            make_shareable(base)
     _tell_what_is_new(base, inputs.task, console)
     # Outside of that: what attaching computes (spectra) shows its own progress.
     model = lean.attach(base, recipe, inputs.task.peft_task_type)
@@ -207,8 +209,7 @@ def _forecast(recipe: Recipe, prepared: _Prepared) -> RunForecast:
     packed = recipe.model.task == "causal-lm" and recipe.data.pack
     evaluates = "validation" in prepared.encoded
     cuda = torch.cuda.is_available()
-    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
-    sharing = Sharing(processes.count(), "fsdp" if sharded else "ddp")
+    sharing = Sharing(processes.count(), "fsdp" if is_sharded(recipe) else "ddp")
     return forecast_run(recipe, prepared.config, prepared.encoded["train"], evaluates, packed, cuda, sharing)
 
 

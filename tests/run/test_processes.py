@@ -27,6 +27,7 @@ from leantune.run import Interrupted, callbacks, lean, processes
 from leantune.run.checkpoints import newest_complete
 from leantune.run.folder import RunFolder
 from leantune.run.sharding import check_shareable
+from tests.capabilities.cells import build
 from tests.conftest import make_tokenizer, requests, write_jsonl
 from tests.quantised import need
 from tests.run.support import SETTINGS, printed, quiet, recipe
@@ -329,6 +330,21 @@ def test_fsdp_in_three_processes(compare: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "bottleneck+light-peft"])
+def test_fsdp_of_tied_embeddings(name: str, tmp_path: Path) -> None:
+    """One weight in four places, and layers that hold their own feed-forward block (BART)."""
+    cell = build(name, "bart", "seq2seq", tmp_path / "cell")
+    first = leantune.train(cell.recipe("one", learning_rate=1e-3), console=quiet()).folder
+    several = cell.recipe("two", learning_rate=1e-3, batch_size=4, fsdp=True)
+    together(2, train, several, False, Sharded())
+    assert losses(Path(several.output)) == pytest.approx(losses(first), rel=2e-6)
+    one, two = weights(first), weights(Path(several.output))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_fsdp_of_a_packed_base(kind: str, compare: Any) -> None:
     need(kind)
@@ -369,6 +385,8 @@ def test_what_fsdp_does_not_train(base: Path, rows: Path, tmp_path: Path, monkey
     monkeypatch.setattr(processes, "count", lambda: 2)
     assert refused("lora+int8").startswith("lean.quantize = 'int8': not with train.fsdp")
     monkeypatch.setitem(SETTINGS, "lora+nf4", {"adapter": {"type": "lora"}, "quantize": "nf4"})
+    monkeypatch.setitem(SETTINGS, "adalora", {"adapter": {"type": "lora", "variant": "adalora"}})
+    assert refused("adalora").startswith("lean.adapter.variant = adalora: not with train.fsdp")
     assert refused("lora+nf4", bf16=True).startswith("train.bf16: not with lean.quantize and train.fsdp")
     assert "accepted are" in refused("lora", fsdp_config={"activation_checkpointing": True})
     assert refused("lora", fsdp="full_shard").startswith("train.fsdp = 'full_shard': accepted is true")

@@ -62,6 +62,11 @@ def _check_sharded(recipe: Recipe, settings: dict[str, Any]) -> None:
             "lean.quantize = 'int8': not with train.fsdp: its pieces lose the scales that bitsandbytes keeps "
             "with 8-bit weights; take nf4, or leave train.fsdp out"
         )
+    if getattr(recipe.lean.adapter, "variant", None) == "adalora":
+        raise UserError(
+            "lean.adapter.variant = adalora: not with train.fsdp: PEFT computes its penalty outside of the "
+            "layers, where each process has but a part of the adapter; take lora, or leave train.fsdp out"
+        )
     for key in ("bf16", "fp16"):
         if recipe.lean.quantize is not None and settings.get(key):
             raise UserError(

@@ -150,6 +150,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop
         if not (resume and folder.plan_file.is_file()):
             _estimate(recipe, folder, prepared, resume, console, stop)
         prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
+        release()  # which its Trainer, a ring of references, still holds
         set_seed(recipe.train.seed)
         with processes.together():
             prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)

@@ -42,7 +42,7 @@ def check_shareable(recipe: Recipe) -> None:
     if processes.count() > 1 and recipe.lean.quantize == "int8-torchao":
         raise UserError(
             "lean.quantize = 'int8-torchao': torchao's weights cannot be sent between processes; with "
-            "several, take int8 (bitsandbytes), or train in one"
+            "several, take nf4 or (without train.fsdp) int8, or train in one"
         )
 
 

@@ -27,7 +27,9 @@ from leantune.run import Interrupted, callbacks, lean, processes
 from leantune.run.checkpoints import newest_complete
 from leantune.run.folder import RunFolder
 from leantune.run.sharding import check_shareable
+from tests.capabilities.cells import build
 from tests.conftest import make_tokenizer, requests, write_jsonl
+from tests.quantised import need
 from tests.run.support import SETTINGS, printed, quiet, recipe
 from tests.tiny_models import tiny
 from tests.together import Team, free_port, together
@@ -40,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without dropout, which no two settings could draw alike; with weights that all make a difference."""
     folder = tmp_path_factory.mktemp("still") / "bert"
-    tiny("bert", "base", dtype=torch.float32, num_hidden_layers=2).save_pretrained(folder)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64}  # 64: what 4-bit layers want
+    tiny("bert", "base", dtype=torch.float32, **sizes).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -327,6 +330,29 @@ def test_fsdp_in_three_processes(compare: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "bottleneck+light-peft"])
+def test_fsdp_of_tied_embeddings(name: str, tmp_path: Path) -> None:
+    """One weight in four places, and layers that hold their own feed-forward block (BART)."""
+    cell = build(name, "bart", "seq2seq", tmp_path / "cell")
+    first = leantune.train(cell.recipe("one", learning_rate=1e-3), console=quiet()).folder
+    several = cell.recipe("two", learning_rate=1e-3, batch_size=4, fsdp=True)
+    together(2, train, several, False, Sharded())
+    assert losses(Path(several.output)) == pytest.approx(losses(first), rel=2e-6)
+    one, two = weights(first), weights(Path(several.output))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=3e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_fsdp_of_a_packed_base(kind: str, compare: Any) -> None:
+    need(kind)
+    settings = {**still("lora+tokentune"), "quantize": kind}
+    compare(settings, Sharded(), shared={"fsdp": True}, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "step"), [("full", 8), ("lora", 8), ("lamda", 8), ("bottleneck", 8), ("lean", 3), ("lean", 8)]
 )
@@ -358,6 +384,11 @@ def test_what_fsdp_does_not_train(base: Path, rows: Path, tmp_path: Path, monkey
     assert "start with --processes N" in refused("lora")
     monkeypatch.setattr(processes, "count", lambda: 2)
     assert refused("lora+int8").startswith("lean.quantize = 'int8': not with train.fsdp")
+    monkeypatch.setitem(SETTINGS, "lora+nf4", {"adapter": {"type": "lora"}, "quantize": "nf4"})
+    monkeypatch.setitem(SETTINGS, "adalora", {"adapter": {"type": "lora", "variant": "adalora"}})
+    assert refused("adalora").startswith("lean.adapter.variant = adalora: not with train.fsdp")
+    assert refused("lora+nf4", bf16=True).startswith("train.bf16: not with lean.quantize and train.fsdp")
+    assert "accepted are" in refused("lora", fsdp_config={"activation_checkpointing": True})
     assert refused("lora", fsdp="full_shard").startswith("train.fsdp = 'full_shard': accepted is true")
     assert "with version 2" in refused("lora", fsdp_config={"version": 1})
     assert "accepted are" in refused("lora", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})

@@ -27,7 +27,7 @@ from leantune.run.evaluation import evaluate_split
 from leantune.run.facts import collect_metrics
 from leantune.run.folder import RunFolder, write_json, write_text
 from leantune.run.loading import open_run
-from leantune.run.parts import is_out_of_memory
+from leantune.run.parts import is_out_of_memory, release
 from leantune.run.prediction import sample_predictions
 from leantune.run.preparing import forecast, prepare
 from leantune.run.stages import Job, estimate, fit
@@ -115,6 +115,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console, stop
         if not (resume and folder.plan_file.is_file()):
             estimate(job)
         prepared.model = nn.Identity()  # let the whole model go before the pruned one is read
+        release()  # which its Trainer, a ring of references, still holds
         set_seed(recipe.train.seed)
         with processes.together():
             prepared.model = pruned_model(folder, recipe, prepared.task, prepared.config)

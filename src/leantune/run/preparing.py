@@ -18,8 +18,8 @@ from leantune.run import lean, processes
 from leantune.run.arguments import training_arguments
 from leantune.run.inputs import Inputs, read_inputs
 from leantune.run.models import head_modules, load_base, new_modules
-from leantune.run.quantization import check_installed
-from leantune.run.sharding import check_shareable
+from leantune.run.quantization import check_installed, make_shareable
+from leantune.run.sharding import check_shareable, is_sharded
 from leantune.run.tasks import Task
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         set_seed(recipe.train.seed)
         before = resident_bytes()
         base = load_base(recipe.model, inputs.task.auto_class, inputs.config, quantize=recipe.lean.quantize)
+        if is_sharded(recipe):
+            make_shareable(base)
     _tell_what_is_new(base, inputs.task, console)
     # Outside of that: what attaching computes (spectra) shows its own progress.
     model = lean.attach(base, recipe, inputs.task.peft_task_type)
@@ -72,8 +74,7 @@ def sharing_of(recipe: Recipe) -> Sharing:
     """How the processes that train share the model."""
     from leantune.planner.sharing import Sharing
 
-    sharded = bool((recipe.train.model_extra or {}).get("fsdp"))
-    return Sharing(processes.count(), "fsdp" if sharded else "ddp")
+    return Sharing(processes.count(), "fsdp" if is_sharded(recipe) else "ddp")
 
 
 def _tell_what_is_new(base: nn.Module, task: Task, console: Console) -> None:

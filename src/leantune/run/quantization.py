@@ -157,6 +157,17 @@ def make_ready(model: nn.Module, kind: str) -> None:
             layer.compute_dtype = model.dtype  # where PEFT looks for the dtype of an adapter
 
 
+def make_shareable(model: Any) -> None:
+    """Show packed 4-bit weights as numbers of the model's dtype: FSDP2 shares out nothing but floats.
+
+    The bits stay as they are; bitsandbytes unpacks them from any dtype (its `bnb_4bit_quant_storage`).
+    """
+    for layer in quantised_layers(model).values():
+        weight = layer.weight
+        weight.data = weight.data.flatten().view(model.dtype)[:, None]  # as (bytes / size of the dtype, 1)
+        weight.quant_storage = model.dtype
+
+
 def quantised_layers(model: nn.Module) -> dict[str, Any]:
     """The quantised layers of a model, adapted or not, by name."""
     return {

@@ -25,6 +25,11 @@ from leantune.run import processes
 FSDP_KEYS = {"version", "reshard_after_forward", "transformer_layer_cls_to_wrap"}
 
 
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether a recipe asks for FSDP2."""
+    return bool((recipe.train.model_extra or {}).get("fsdp"))
+
+
 def check_shareable(recipe: Recipe) -> None:
     """What several processes cannot train, or cannot share out.
 
@@ -32,12 +37,12 @@ def check_shareable(recipe: Recipe) -> None:
         UserError: The recipe asks for it.
     """
     settings = recipe.train.model_extra or {}
-    if settings.get("fsdp") or settings.get("fsdp_config") is not None:
+    if is_sharded(recipe) or settings.get("fsdp_config") is not None:
         _check_sharded(recipe, settings)
     if processes.count() > 1 and recipe.lean.quantize == "int8-torchao":
         raise UserError(
             "lean.quantize = 'int8-torchao': torchao's weights cannot be sent between processes; with "
-            "several, take int8 (bitsandbytes), or train in one"
+            "several, take nf4 or (without train.fsdp) int8, or train in one"
         )
 
 
@@ -52,11 +57,22 @@ def _check_sharded(recipe: Recipe, settings: dict[str, Any]) -> None:
     if not isinstance(config, dict) or not config.keys() <= FSDP_KEYS or config.get("version", 2) != 2:
         accepted = ", ".join(sorted(FSDP_KEYS))
         raise UserError(f"train.fsdp_config = {config!r}: accepted are {accepted}, with version 2")
-    if recipe.lean.quantize is not None:
+    if recipe.lean.quantize == "int8":
         raise UserError(
-            f"lean.quantize = {recipe.lean.quantize!r}: not with train.fsdp; without it every process holds "
-            "the whole model"
+            "lean.quantize = 'int8': not with train.fsdp: its pieces lose the scales that bitsandbytes keeps "
+            "with 8-bit weights; take nf4, or leave train.fsdp out"
         )
+    if getattr(recipe.lean.adapter, "variant", None) == "adalora":
+        raise UserError(
+            "lean.adapter.variant = adalora: not with train.fsdp: PEFT computes its penalty outside of the "
+            "layers, where each process has but a part of the adapter; take lora, or leave train.fsdp out"
+        )
+    for key in ("bf16", "fp16"):
+        if recipe.lean.quantize is not None and settings.get(key):
+            raise UserError(
+                f"train.{key}: not with lean.quantize and train.fsdp: gathering would cast packed weights to "
+                "nonsense; set model.dtype instead"
+            )
 
 
 def shard_on_cpu(accelerator: Any, arguments: Any) -> None:

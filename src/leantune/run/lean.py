@@ -12,19 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from leantune.anatomy import find_groups
-from leantune.baselines import AdaLoraBudget, freeze_down_projections, lora_variant
-from leantune.bottleneck import BottleneckConfig
 from leantune.errors import UserError
 from leantune.lamda import (
-    LamdaConfig,
-    LamdaFreezing,
-    SpectralRanks,
     frozen_in_place,
     frozen_share,
     prepare_lamda,
@@ -42,9 +36,9 @@ from leantune.lightpeft import (
     random_plan,
     shrink,
 )
-from leantune.recipes import BottleneckRecipe, LamdaRecipe, LoraRecipe, Recipe
+from leantune.recipes import Recipe
 from leantune.run import processes
-from leantune.run.models import head_modules, new_modules
+from leantune.run.adapters import adapter_callbacks, with_adapter
 from leantune.tokentune import (
     CHOOSE_AHEAD,
     ChoosingCollator,
@@ -61,48 +55,6 @@ from leantune.tokentune import (
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-def _lamda(recipe: LamdaRecipe, common: dict[str, Any]) -> PeftConfig:
-    ranks = recipe.spectral_ranks
-    return LamdaConfig(
-        r=recipe.r,
-        lamda_alpha=recipe.alpha,
-        lamda_dropout=recipe.dropout,
-        init=recipe.init,
-        init_scale=recipe.init_scale,
-        init_b=recipe.init_b,
-        freeze_ratio=recipe.freeze_ratio,
-        freeze_order=recipe.freeze_order,
-        rank_pattern=dict(recipe.rank_pattern),
-        spectral_ranks=None if ranks is None else SpectralRanks(**ranks.model_dump()),
-        **common,
-    )
-
-
-def _lora(recipe: LoraRecipe, common: dict[str, Any]) -> PeftConfig:
-    alpha = recipe.alpha if recipe.alpha is not None else 2 * recipe.r
-    return lora_variant(recipe.variant, recipe.r, alpha, recipe.dropout, common)
-
-
-def _bottleneck(recipe: BottleneckRecipe, common: dict[str, Any]) -> PeftConfig:
-    return BottleneckConfig(
-        r=recipe.r,
-        mode=recipe.mode,
-        placement=recipe.placement,
-        activation=recipe.activation,
-        bottleneck_alpha=recipe.alpha,
-        bottleneck_dropout=recipe.dropout,
-        **common,
-    )
-
-
-# Adapter type → (recipe → PEFT config, callbacks that its training needs).
-ADAPTERS: dict[str, tuple[Callable[..., PeftConfig], tuple[type[TrainerCallback], ...]]] = {
-    "lamda": (_lamda, (LamdaFreezing,)),
-    "lora": (_lora, (AdaLoraBudget,)),
-    "bottleneck": (_bottleneck, ()),
-}
-
-
 def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
     """Attach the recipe's methods; a model for full fine-tuning comes back as it is.
 
@@ -115,7 +67,7 @@ def attach(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
         UserError: No layer matches, the adapter does not fit a layer, or token selection cannot work on
             this model.
     """
-    adapted = attach_tokens(_with_adapter(model, recipe, task_type), recipe)
+    adapted = attach_tokens(with_adapter(model, recipe, task_type), recipe)
     if recipe.lean.prune is not None:
         _attach_masks(adapted, recipe)
     return adapted
@@ -205,32 +157,6 @@ def train_collator(model: nn.Module, recipe: Recipe, collator: Collator, counts_
     return ChoosingCollator(model, collator)
 
 
-def _with_adapter(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
-    adapter = recipe.lean.adapter
-    if adapter.type == "none":
-        return model
-    make, _ = ADAPTERS[adapter.type]
-    common = {
-        "target_modules": adapter.target_modules,
-        "exclude_modules": adapter.exclude_modules,
-        "task_type": task_type,
-        "modules_to_save": trained_in_full(model, task_type) or None,
-    }
-    try:
-        adapted = get_peft_model(model, make(adapter, common))
-    except (ValueError, TypeError) as error:  # TypeError: a head that PEFT cannot save beside its adapter
-        reason = str(error).strip().split("\n")[0]
-        if not isinstance(error, UserError) and ("arget modules" in reason or "target_modules" in reason):
-            raise UserError(
-                f"lean.adapter.target_modules = {adapter.target_modules!r}: matches no layer of the model "
-                f"(its layers: {', '.join(linear_names(model))})"
-            ) from None
-        raise UserError(f"lean.adapter: {reason}") from None
-    if isinstance(adapter, LoraRecipe) and adapter.variant == "lora-fa":
-        freeze_down_projections(adapted)
-    return adapted
-
-
 def prepare(model: nn.Module, recipe: Recipe, batches: Iterable[dict[str, Any]]) -> None:
     """Show an adapter some training data whose start comes from there (LaMDA's init), unless it has one.
 
@@ -245,35 +171,9 @@ def prepare(model: nn.Module, recipe: Recipe, batches: Iterable[dict[str, Any]])
             raise UserError(f"lean.adapter: {error}") from None
 
 
-def trained_in_full(model: nn.Module, task_type: str) -> list[str]:
-    """Modules that an adapter leaves to be trained as they are, and saves: the head, and what is new.
-
-    PEFT takes a classifier's last layer alone; a pooler or dense layer before it that the base's weights lack
-    would stay random, and be drawn anew at every load.
-    """
-    head = head_modules(model) if task_type == "SEQ_CLS" else []
-    inside = [name for name in new_modules(model) if name.split(".")[0] not in head]
-    return head + inside
-
-
-def check_resumable(recipe: Recipe, checkpoint: str | None) -> None:
-    """See whether a run can go on from a checkpoint.
-
-    Raises:
-        UserError: It is AdaLoRA's.
-    """
-    if checkpoint is not None and getattr(recipe.lean.adapter, "variant", None) == "adalora":
-        raise UserError(
-            "lean.adapter.variant = adalora: PEFT keeps the scores by which ranks go in no checkpoint: the "
-            "run cannot be resumed; start anew with --overwrite"
-        )
-
-
 def callbacks(recipe: Recipe) -> list[TrainerCallback]:
     """What the recipe's methods need called while they are trained."""
-    kind = recipe.lean.adapter.type
-    needed = [make() for make in ADAPTERS[kind][1]] if kind in ADAPTERS else []
-    return needed + ([TokenTuneState()] if recipe.lean.tokens is not None else [])
+    return adapter_callbacks(recipe) + ([TokenTuneState()] if recipe.lean.tokens is not None else [])
 
 
 def estimation_callbacks(recipe: Recipe) -> list[TrainerCallback]:
@@ -362,16 +262,6 @@ def skip_step(model: nn.Module) -> None:
     estimation = estimation_of(model)
     if estimation is not None:
         estimation.skip_step()
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear layers, each once."""
-    layers = (name.rpartition(".")[2] for name, module in model.named_modules() if _linear(module))
-    return list(dict.fromkeys(layers))
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from leantune.measure import PeakMemory, peak_rss, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.run import lean, processes
+from leantune.run.adapters import check_resumable
 from leantune.run.arguments import training_arguments
 from leantune.run.callbacks import ProgressBar, RunLog
 from leantune.run.checkpoints import newest_complete, sweep
@@ -71,7 +72,7 @@ def fit(job: Job) -> dict[str, Any]:
     model = prepared.model
     classifies = prepared.task.peft_task_type == "SEQ_CLS"
     checkpoint = _checkpoint(job, folder.checkpoints)
-    lean.check_resumable(recipe, checkpoint)
+    check_resumable(recipe, checkpoint)
     progress = ProgressBar(job.console, recipe.method)
     log = RunLog(folder.log_file, extra=lambda: lean.progress_facts(model))
     trainer = _trainer(

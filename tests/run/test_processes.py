@@ -214,9 +214,12 @@ def test_stops_together_and_goes_on(bert_folder: Path, rows: Path, tmp_path: Pat
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_one_is_killed(base: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"), [("lora", {}), pytest.param("lean", {"fsdp": True}, marks=pytest.mark.slow)]
+)
+def test_one_is_killed(name: str, keys: dict[str, Any], base: Path, rows: Path, tmp_path: Path) -> None:
     """The other stops with one line, at once; the checkpoint from before is whole."""
-    made = recipe(base, rows, tmp_path / "run", SETTINGS["lora"], train={"batch_size": 4})
+    made = recipe(base, rows, tmp_path / "run", SETTINGS[name], train={"batch_size": 4, **keys})
     killed = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGKILL))
     left, gone = Team(2, train, made, False, killed).results()
     assert gone is None

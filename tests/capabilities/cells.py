@@ -226,7 +226,7 @@ ABILITIES: dict[str, Callable[[Cell], None]] = {
     "export pruned": _export("pruned"),
 }
 # Abilities that are tried on some architectures alone; the table says so.
-TRIED_ON: dict[str, tuple[tuple[str, str], ...]] = {"ddp": FAMILIES[1:2], "fsdp": FAMILIES[1:2]}
+TRIED_ON: dict[str, tuple[tuple[str, str], ...]] = {"ddp": FAMILIES[1:2], "fsdp": FAMILIES[1:3]}
 
 
 def abilities_on(family: str, task: str) -> tuple[str, ...]:

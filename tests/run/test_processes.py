@@ -112,7 +112,7 @@ def losses(folder: Path) -> list[float]:
 def compare(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Several processes with batches of 4 against one with as many rows in a batch.
 
-    Vectors that are computed from data may come out with the other sign: then losses decide.
+    Vectors that are computed from data are rounded otherwise, and may have the other sign: losses decide.
     """
     ran: dict[str, tuple[Path, dict[str, Any]]] = {}  # alone
 
@@ -148,10 +148,11 @@ def compare(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
         assert metrics["parameters"] == expected["parameters"]
         assert metrics["steps"] == expected["steps"]
         second = Path(several.output)
-        assert losses(second) == pytest.approx(losses(first), rel=2e-6)
+        from_data = settings["adapter"].get("init", "svd") != "svd"
+        assert losses(second) == pytest.approx(losses(first), rel=1e-4 if from_data else 2e-6)
         one, two = weights(first), weights(second)
         assert one.keys() == two.keys()
-        for name, tensor in one.items() if settings["adapter"].get("init", "svd") == "svd" else ():
+        for name, tensor in () if from_data else one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
         found = metrics["evaluation"]["test"]
         assert found == pytest.approx(expected["evaluation"]["test"], rel=1e-3)
@@ -213,9 +214,12 @@ def test_stops_together_and_goes_on(bert_folder: Path, rows: Path, tmp_path: Pat
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_one_is_killed(base: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"), [("lora", {}), pytest.param("lean", {"fsdp": True}, marks=pytest.mark.slow)]
+)
+def test_one_is_killed(name: str, keys: dict[str, Any], base: Path, rows: Path, tmp_path: Path) -> None:
     """The other stops with one line, at once; the checkpoint from before is whole."""
-    made = recipe(base, rows, tmp_path / "run", SETTINGS["lora"], train={"batch_size": 4})
+    made = recipe(base, rows, tmp_path / "run", SETTINGS[name], train={"batch_size": 4, **keys})
     killed = At(8, 1, lambda model: os.kill(os.getpid(), signal.SIGKILL))
     left, gone = Team(2, train, made, False, killed).results()
     assert gone is None

@@ -20,7 +20,11 @@ class RunError(RuntimeError):
 
 def shown(value: Any) -> str:
     """A value for a message: on one line, and not too long."""
-    text = repr(value)
+    return brief(repr(value))
+
+
+def brief(text: str) -> str:
+    """A text for a message: not too long."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 

@@ -179,6 +179,10 @@ def test_long_values_are_cut_in_messages(bert_folder: Path, data_folder: Path, o
     with pytest.raises(UserError, match=r"train.seed = 'xxx.*… \(100,002 characters\)") as caught:
         recipe(bert_folder, data_folder, output, train={"seed": "x" * 100_000})
     assert len(str(caught.value)) < 400
+    for override in ("=" + "x" * 9000, "train.seed=[" + "x" * 9000, "train." + "x" * 9000 + "=1"):
+        with pytest.raises(UserError) as caught:
+            leantune.Recipe.load("recipes/banking77.yaml", override)
+        assert len(str(caught.value)) < 600
 
 
 def test_regression_targets_must_be_numbers(bert_folder: Path, tmp_path: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from leantune.errors import UserError, shown
+from leantune.errors import UserError, brief, shown
 from leantune.recipes import yaml
 from leantune.recipes.schema import Recipe
 from leantune.recipes.training_arguments import check_extra_arguments
@@ -41,8 +41,8 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[list[str], Any]]:
         key, sign, value = text.partition("=")
         keys = key.strip().split(".")
         if not sign or not all(keys):
-            raise UserError(f"{text!r}: an override is key=value, for example train.epochs=1")
-        parsed.append((keys, yaml.parse(value, text)))
+            raise UserError(f"{shown(text)}: an override is key=value, for example train.epochs=1")
+        parsed.append((keys, yaml.parse(value, brief(text))))
     return parsed
 
 
@@ -72,9 +72,8 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
         if inner is None:
             inner = data[key] = {}
         if not isinstance(inner, dict):
-            raise UserError(
-                f"{'.'.join(keys)}: {'.'.join(keys[:depth])} is {shown(inner)}, not a group of keys"
-            )
+            whole, part = brief(".".join(keys)), brief(".".join(keys[:depth]))
+            raise UserError(f"{whole}: {part} is {shown(inner)}, not a group of keys")
         data = inner
     data[keys[-1]] = value
 
@@ -102,7 +101,7 @@ _BOUND |= {"less_than": ("below", "lt"), "less_than_equal": ("at most", "le")}
 def _line(data: Mapping[str, Any], details: ErrorDetails) -> str:
     """One mistake in one line: key, value, what is accepted, and a guess at what was meant."""
     keys = _typed_keys(data, details["loc"])
-    key, kind, context = ".".join(keys), details["type"], details.get("ctx", {})
+    key, kind, context = brief(".".join(keys)), details["type"], details.get("ctx", {})
     if kind == "missing":
         return f"{key} is missing"
     if kind == "extra_forbidden":

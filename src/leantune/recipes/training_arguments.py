@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from leantune.errors import brief
 from leantune.recipes.schema import TrainRecipe
 
 # Plain name → TrainingArguments' name.
@@ -66,7 +67,8 @@ def check_extra_arguments(train: Mapping[str, Any]) -> list[str]:
             guess = f"; did you mean {near[0]}?" if near else ""
             accepted = ", ".join(TrainRecipe.model_fields)
             lines.append(
-                f"train.{key}: unknown key{guess} (accepted: {accepted}, and any field of TrainingArguments)"
+                f"train.{brief(key)}: unknown key{guess} (accepted: {accepted}, and any field of "
+                "TrainingArguments)"
             )
     return lines
 

@@ -115,13 +115,14 @@ def train(
     """Fine-tune; writes the run folder."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if _starts_others(processes):
-        from leantune.run.launching import launch
-
-        sys.exit(launch(processes or 1, sys.argv[1:]))
+    starts_others = _starts_others(processes)
     from leantune.recipes import Recipe
 
     loaded = Recipe.load(recipe, *(overrides or []))
+    if starts_others:  # a mistake in the recipe is told once, by this process
+        from leantune.run.launching import launch
+
+        sys.exit(launch(processes or 1, sys.argv[1:]))
     from rich.console import Console
 
     from leantune.run import Interrupted

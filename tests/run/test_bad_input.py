@@ -215,6 +215,7 @@ def test_the_command_line_exits_with_2(
     cases = [
         (["train", "no.yaml"], "no.yaml: no such file"),
         (["train", str(file), "train.epohs=1"], "did you mean epochs?"),
+        (["train", str(file), "train.epohs=1", "--processes", "2"], "did you mean epochs?"),
         (["train", str(file), "--resume", "--overwrite"], "exclude each other"),
         (["train", str(file), "data.path=nowhere"], "no such file or folder here"),
         (["evaluate", str(tmp_path / "none")], "no such run folder"),

@@ -61,11 +61,15 @@ def accuracy() -> str:
     ]
     means: dict[str, list[list[float]]] = {"full": [], "lora": []}
     for name, kept in SETS.items():
+        if not (RESULTS / f"tokentune-{name}.json").exists():
+            continue
         rows = json.loads((RESULTS / f"tokentune-{name}.json").read_text())["rows"]
         runs = {(row["variant"], row["seed"]): row["metrics"] for row in rows if "metrics" in row}
         for method, found in means.items():
             chosen = f"{method} keep {kept}"
             differences = _differences(runs, method, chosen)
+            if not differences[0]:
+                continue
             by_chance = _differences(runs, method, f"{chosen} random")
             found.append([statistics.mean(values) for values in differences])
             every = [metrics for (variant, _), metrics in runs.items() if variant == method]

@@ -91,17 +91,20 @@ TABLES = {
         "tokentune-accuracy": accuracy,
     },
     "docs/experiments.md": {
-        name: partial(grid, name)
-        for name in (
-            "banking77",
-            "trec-start",
-            "banking77-lean",
-            "tokentune-trec",
-            "tokentune-strategies",
-            "tokentune-decoder",
-            "lightpeft-trec",
-            "lightpeft-sst2",
-        )
+        "tokentune-accuracy": accuracy,
+        **{
+            name: partial(grid, name)
+            for name in (
+                "banking77",
+                "trec-start",
+                "banking77-lean",
+                "tokentune-trec",
+                "tokentune-strategies",
+                "tokentune-decoder",
+                "lightpeft-trec",
+                "lightpeft-sst2",
+            )
+        },
     },
 }
 

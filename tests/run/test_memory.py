@@ -200,7 +200,7 @@ def test_one_row_that_does_not_fit(
         RunError, match=r"step 1: one row of \d+ tokens does not fit in memory; it is forecast at "
     ) as caught:
         train(monkeypatch, made, Limit(0))
-    assert "would fit by that: lean.tokens='{keep: 0.1}'" in str(caught.value)
+    assert ": lean.tokens='{keep: 0.1}'" in str(caught.value)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 from leantune.errors import UserError
 from leantune.planner.advice import advise, how_far
 from leantune.planner.devices import find_device
+from leantune.planner.forecast import Forecast
 from leantune.planner.forecaster import Forecaster
-from leantune.planner.rows import alternatives, own_row
+from leantune.planner.rows import Row, alternatives, own_row
 from leantune.planner.setting import Setting
 from leantune.planner.sharing import Sharing
 from leantune.planner.table import typed_changes
@@ -32,7 +33,7 @@ def what_would_fit(
     had: int | None,
     sharing: Sharing = Sharing(),  # noqa: B008 - frozen
 ) -> str | None:
-    """Changes of a recipe that would fit, by the closed form.
+    """Changes of a recipe that would fit, by the closed form; or, if none surely does, those that need less.
 
     Args:
         recipe: That did not.
@@ -63,20 +64,26 @@ def what_would_fit(
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             own = forecaster.forecast(base, own_row(recipe))
             failed = own.peak or 0
-            budget = int(_SURE * (failed if had is None else min(failed, had)))
-            others = alternatives(recipe)
-            forecasts = [own, *(forecaster.forecast(base, row) for row in others)]
-            advice = advise(forecasts, [own_row(recipe), *others], base, budget, forecaster)
-            shorter = how_far(own_row(recipe), own, base, budget, forecaster).length
+            rows_of_all = [own_row(recipe), *alternatives(recipe)]
+            forecasts = [own, *(forecaster.forecast(base, row) for row in rows_of_all[1:])]
+            bounds = {"would fit by that": failed if had is None else min(failed, had), "need less": failed}
+            for words, bound in bounds.items():
+                found = _changes(forecasts, rows_of_all, base, int(_SURE * bound), forecaster)
+                if found:
+                    return f"it is forecast at {format_bytes(failed)}; {words}: {'; '.join(found)}"
     except UserError:
-        return None
-    told = [
-        f"{typed_changes(row.changes)} ({format_bytes(row.needed)})"
-        for row in advice.fitting[:_TOLD]
-        if row.changes
-    ]
-    if _LEAST_LENGTH <= shorter < length:
+        pass
+    return None
+
+
+def _changes(
+    forecasts: list[Forecast], rows: list[Row], base: Setting, budget: int, forecaster: Forecaster
+) -> list[str]:
+    """As they are typed, least change first, with what they need."""
+    advice = advise(forecasts, rows, base, budget, forecaster)
+    changed = [row for row in advice.fitting[:_TOLD] if row.changes]
+    told = [f"{typed_changes(row.changes)} ({format_bytes(row.needed)})" for row in changed]
+    shorter = how_far(rows[0], forecasts[0], base, budget, forecaster).length
+    if _LEAST_LENGTH <= shorter < base.length:
         told.insert(1, f"data.max_length={shorter} ({format_bytes(budget)})")
-    if not told:
-        return None
-    return f"it is forecast at {format_bytes(own.peak)}; would fit by that: {'; '.join(told)}"
+    return told

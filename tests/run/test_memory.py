@@ -196,11 +196,8 @@ def test_one_row_that_does_not_fit(
     bert_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = recipe(bert_folder, data_folder, tmp_path / "run", SETTINGS["lora"])
-    with pytest.raises(
-        RunError, match=r"step 1: one row of \d+ tokens does not fit in memory; it is forecast at "
-    ) as caught:
+    with pytest.raises(RunError, match=r"step 1: one row of \d+ tokens does not fit in memory; "):
         train(monkeypatch, made, Limit(0))
-    assert ": lean.tokens='{keep: 0.1}'" in str(caught.value)
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

@@ -7,7 +7,6 @@ import copy
 import torch
 from transformers import PretrainedConfig
 
-from leantune.errors import UserError
 from leantune.planner.advice import advise, how_far
 from leantune.planner.devices import find_device
 from leantune.planner.forecast import Forecast
@@ -44,7 +43,10 @@ def what_would_fit(
         sharing: How many processes there were.
 
     Returns:
-        For a message; None where nothing that leantune knows would fit, or nothing can be forecast.
+        For a message; None where nothing that leantune knows would need less.
+
+    Raises:
+        UserError: Such a run cannot be forecast.
     """
     train = recipe.train.model_copy(update={"batch_size": rows})
     recipe = recipe.model_copy(update={"train": train})
@@ -60,19 +62,16 @@ def what_would_fit(
         sharing=sharing,
     )
     forecaster = Forecaster(device, trace="none")
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            own = forecaster.forecast(base, own_row(recipe))
-            failed = own.peak or 0
-            rows_of_all = [own_row(recipe), *alternatives(recipe)]
-            forecasts = [own, *(forecaster.forecast(base, row) for row in rows_of_all[1:])]
-            bounds = {"would fit by that": failed if had is None else min(failed, had), "need less": failed}
-            for words, bound in bounds.items():
-                found = _changes(forecasts, rows_of_all, base, int(_SURE * bound), forecaster)
-                if found:
-                    return f"it is forecast at {format_bytes(failed)}; {words}: {'; '.join(found)}"
-    except UserError:
-        pass
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        own = forecaster.forecast(base, own_row(recipe))
+        failed = own.peak or 0
+        every = [own_row(recipe), *alternatives(recipe)]
+        forecasts = [own, *(forecaster.forecast(base, row) for row in every[1:])]
+        bounds = {"would fit by that": failed if had is None else min(failed, had), "need less": failed}
+        for words, bound in bounds.items():
+            found = _changes(forecasts, every, base, int(_SURE * bound), forecaster)
+            if found:
+                return f"it is forecast at {format_bytes(failed)}; {words}: {'; '.join(found)}"
     return None
 
 

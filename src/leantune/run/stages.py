@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
+from leantune.errors import UserError, first_line
 from leantune.measure import PeakMemory, peak_rss, saved_activation_bytes
 from leantune.recipes import Recipe
 from leantune.run import lean, processes
@@ -135,6 +136,8 @@ def _would_fit(job: Job, rows: int, length: int) -> str:
     found = None
     try:
         found = what_would_fit(job.recipe, job.prepared.config, rows, length, had, sharing_of(job.recipe))
+    except UserError as error:
+        return f"lower data.max_length or train.batch_size (no forecast: {first_line(error)})"
     except Exception as error:
         if not is_out_of_memory(error):
             raise

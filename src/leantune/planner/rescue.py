@@ -56,7 +56,7 @@ def what_would_fit(
         copy.deepcopy(config),
         rows,
         length,
-        True,
+        padded=True,
         device=device.kind,
         evaluates=False,
         sharing=sharing,
